@@ -1,0 +1,1 @@
+"""Reads Parquet, never a GPU: pairing, statistics, tables."""

@@ -1,0 +1,1 @@
+"""Plans and runs the matrix; the only package that knows Ray."""

@@ -1,0 +1,130 @@
+"""What an optimization technique is: what it needs, how it is applied, and what proves that it took effect."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tasks.cell import Cell, Scalar, Technique
+from tasks.device import DeviceInfo, DeviceKind
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+# Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Precision and
+# compression decide how weights are loaded; attention and cache change the model; checkpointing and offload wrap its
+# modules; compile comes after everything that it should see; a decode loop or allocator setting does not touch it.
+FAMILIES: tuple[str, ...] = (
+    "precision",
+    "compression",
+    "structure",
+    "attention",
+    "kv-cache",
+    "adapter",
+    "optimizer",
+    "checkpointing",
+    "accumulation",
+    "offload",
+    "allocator",
+    "compile",
+    "decode-loop",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Conditions that can be decided at planning time. Empty tuples mean no restriction.
+
+    `compute_capability` is the least `(major, minor)` on CUDA. `packages` are distribution names; `extra` is the
+    project's extra that installs them.
+    """
+
+    devices: tuple[DeviceKind, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    packages: tuple[str, ...] = ()
+    extra: str | None = None
+    workloads: tuple[str, ...] = ()
+    model_kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was found on the loaded, applied model: `ok` decides, `facts` says what was seen."""
+
+    ok: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class LoadOptions:
+    """How the model is to be loaded; techniques edit it before the load.
+
+    `dtype` is a torch dtype name or None for the published one. `keyword_arguments` go to `from_pretrained`.
+    """
+
+    dtype: str | None = None
+    attention: str | None = None
+    quantization: Any = None
+    keyword_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Optimization(ABC):
+    """One technique. A subclass in `tasks/optimizations/` is discovered; nothing else has to be edited.
+
+    Class attributes: `name` (as in a stack), `family` (one of `FAMILIES`; two of one family exclude each other),
+    `summary` (one line for `benchmatrix list`), `needs`, `options` (allowed option names with their defaults; the
+    type of the default is the type of the option), `choices` (allowed values of an option) and `executed` (the cell
+    must run in an executed, not a forked process, since something is read at import).
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+    options: ClassVar[dict[str, Scalar]] = {}
+    choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
+    executed: ClassVar[bool] = False
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""
+        return _unmet(self.name, self.needs, cell, device)
+
+    def environment(self, technique: Technique) -> dict[str, str]:
+        """Environment variables that must stand before the process imports anything."""
+        return {}
+
+    def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
+        """Edit how the model will be loaded."""
+        return
+
+    def apply(self, technique: Technique, session: Session) -> None:
+        """Change the loaded model or the session (settings, cache kind, step function)."""
+        return
+
+    def context(self, technique: Technique, session: Session) -> AbstractContextManager[Any]:
+        """Active around every call of the model: first call, warm-up, measuring."""
+        return nullcontext()
+
+    @abstractmethod
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """Proof on the live model, after warm-up, that the technique took effect."""
+
+
+def _unmet(name: str, needs: Needs, cell: Cell, device: DeviceInfo) -> str | None:
+    kind = cell.workload.kind
+    if needs.workloads and kind not in needs.workloads:
+        return f"{name} applies to {', '.join(needs.workloads)}, not to {kind}"
+    if needs.model_kinds and cell.model.kind not in (*needs.model_kinds, "unknown"):
+        return f"{name} needs a {' or '.join(needs.model_kinds)} model, {cell.model.id} is {cell.model.kind}"
+    if needs.devices and device.kind not in needs.devices:
+        return f"{name} needs {' or '.join(needs.devices)}, {device.tag} is {device.kind}"
+    least, has = needs.compute_capability, device.compute_capability
+    if least is not None and device.kind == "cuda" and has is not None and has < least:
+        return f"{name} needs compute capability {least[0]}.{least[1]}, {device.name} has {has[0]}.{has[1]}"
+    missing = [package for package in needs.packages if package not in device.packages]
+    if missing:
+        how = f"pip install '.[{needs.extra}]'" if needs.extra else f"pip install {' '.join(missing)}"
+        return f"{name} needs {', '.join(missing)}, which {device.tag} lacks: {how}"
+    return None

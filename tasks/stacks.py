@@ -1,0 +1,94 @@
+"""Parsing of stacks: `bf16+compile:mode=max-autotune` in any order becomes one canonical `Stack`."""
+
+from __future__ import annotations
+
+import difflib
+
+from tasks.cell import BASELINE, Cell, Scalar, Stack, Technique
+from tasks.device import DeviceInfo
+from tasks.optimization import FAMILIES
+from tasks.registry import optimizations, workloads
+
+
+class StackError(ValueError):
+    """A stack that cannot be: unknown technique or option, or two of one family. The message names the nearest."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the closest known word, else the list of known words."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def parse_stack(text: str) -> Stack:
+    """Parse `name[:key=value,...]` joined by `+`; raises `StackError`. Default option values are dropped."""
+    if text.strip() == BASELINE:
+        return Stack()
+    techniques = [_parse_technique(part.strip()) for part in text.split("+")]
+    known = optimizations()
+    by_family: dict[str, str] = {}
+    for technique in techniques:
+        family = known[technique.name].family
+        if family in by_family:
+            raise StackError(
+                f"{by_family[family]!r} and {technique.name!r} are both of the family {family!r}: choose one"
+            )
+        by_family[family] = technique.name
+    return Stack(techniques=tuple(sorted(techniques, key=lambda item: FAMILIES.index(known[item.name].family))))
+
+
+def _parse_technique(text: str) -> Technique:
+    name, _, tail = text.partition(":")
+    known = optimizations()
+    if name == BASELINE:
+        raise StackError(f"{BASELINE!r} is the empty stack and cannot be combined")
+    if name not in known:
+        raise StackError(f"unknown optimization {name!r}{nearest(name, [BASELINE, *known])}")
+    technique, options = known[name], {}
+    for pair in filter(None, tail.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise StackError(f"option {pair!r} of {name!r} is not key=value")
+        if key not in technique.options:
+            if not technique.options:
+                raise StackError(f"{name!r} takes no options, got {key!r}")
+            raise StackError(f"unknown option {key!r} of {name!r}{nearest(key, list(technique.options))}")
+        if key in options:
+            raise StackError(f"option {key!r} of {name!r} is given twice")
+        options[key] = _convert(name, key, value, technique.options[key], technique.choices.get(key))
+    chosen = {key: value for key, value in options.items() if value != technique.options[key]}
+    return Technique(name=name, options=tuple(sorted(chosen.items())))
+
+
+def _convert(name: str, key: str, value: str, default: Scalar, choices: tuple[Scalar, ...] | None) -> Scalar:
+    read = {"true": True, "false": False}.__getitem__ if isinstance(default, bool) else type(default)
+    try:
+        converted: Scalar = read(value.lower() if isinstance(default, bool) else value)
+    except (KeyError, ValueError):
+        raise StackError(
+            f"option {key!r} of {name!r} must be {type(default).__name__}, such as {default!r}; got {value!r}"
+        ) from None
+    if choices is not None and converted not in choices:
+        raise StackError(
+            f"option {key!r} of {name!r} cannot be {value!r}{nearest(value, [str(choice) for choice in choices])}"
+        )
+    return converted
+
+
+def option(technique: Technique, key: str) -> Scalar:
+    """The option's value in the stack, or the technique's default."""
+    value = technique.option(key)
+    return optimizations()[technique.name].options[key] if value is None else value
+
+
+def unsupported(cell: Cell, device: DeviceInfo) -> str | None:
+    """The first reason why this cell cannot work on `device`, or None."""
+    reason = workloads()[cell.workload.kind].unsupported(cell, device)
+    if reason:
+        return reason
+    known = optimizations()
+    for technique in cell.stack.techniques:
+        reason = known[technique.name].unsupported(cell, device)
+        if reason:
+            return reason
+    return None

@@ -1,0 +1,66 @@
+"""What a workload is: axes with types and defaults, and a step whose marked segments are timed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from tasks.cell import Cell, Scalar, WorkloadPoint
+from tasks.device import DeviceInfo
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+Mark = Callable[[str], None]
+
+
+class Step(Protocol):
+    """What is timed. `run(index, mark)` does one whole call and calls `mark(label)` at the end of every segment.
+
+    Each pass gives its own `mark`: the latency pass synchronises and reads the clock, the device pass records an
+    event, the throughput pass only synchronises where `label` is in `boundaries`. A step never synchronises itself,
+    never makes inputs, and never moves data between host and device unless that belongs to the workload.
+    """
+
+    primary: str  # label whose segments are `latency_ms`
+    boundaries: frozenset[str]  # labels after which the throughput pass must synchronise to split phases
+    unit: str  # "token", "image", "step": what throughput and energy count
+    units_per_call: int  # units done by the primary segments of one call
+    forwards_per_call: int  # how many reference forward passes one call is worth; for the bookkeeping only
+
+    def run(self, index: int, mark: Mark) -> None: ...
+
+    def problems(self) -> list[str]:
+        """Validity findings after the measurement (`wrong_token_count`, `weights_unchanged`, ...)."""
+        ...
+
+
+class Workload(ABC):
+    """One workload. A subclass in `tasks/workloads/` is discovered; nothing else has to be edited.
+
+    `axes` names every parameter with its default; the default's type is the parameter's type, integers must be
+    positive, strings must be one of `choices`. `needs_model` is False for kernels.
+    """
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    axes: ClassVar[dict[str, Scalar]]
+    choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
+    model_kinds: ClassVar[tuple[str, ...]] = ()
+    needs_model: ClassVar[bool] = True
+    training: ClassVar[bool] = False
+
+    def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
+        """The identity columns `batch_size`, `sequence_length`, `new_tokens` of a point, None where meaningless."""
+        return {key: point.get(key) for key in ("batch_size", "sequence_length", "new_tokens")}
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        """One sentence why this workload cannot run this cell's model on `device`, or None."""
+        if self.model_kinds and cell.model.kind not in (*self.model_kinds, "unknown"):
+            return f"{self.kind} needs a {' or '.join(self.model_kinds)} model, {cell.model.id} is {cell.model.kind}"
+        return None
+
+    @abstractmethod
+    def prepare(self, session: Session) -> Step:
+        """Make inputs on the device and the step, before anything is timed."""

@@ -1,0 +1,1 @@
+"""One file per workload; discovered, never listed."""
