@@ -1,1 +1,28 @@
 """Reads Parquet, never a GPU: pairing, statistics, tables."""
+
+from analysis.coverage import Coverage, coverage
+from analysis.errors import AnalysisError
+from analysis.load import load, load_plan, load_samples
+from analysis.pair import cells, pairs
+from analysis.render import FORMATS, print_table, render
+from analysis.table import Table
+from analysis.tables import comparison_table, tradeoff_table
+from analysis.verdicts import verdicts
+
+__all__ = [
+    "FORMATS",
+    "AnalysisError",
+    "Coverage",
+    "Table",
+    "cells",
+    "comparison_table",
+    "coverage",
+    "load",
+    "load_plan",
+    "load_samples",
+    "pairs",
+    "print_table",
+    "render",
+    "tradeoff_table",
+    "verdicts",
+]

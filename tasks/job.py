@@ -49,8 +49,8 @@ class CellJob:
 
     `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU) or
     the device (CUDA). `artifact_dir` is local to the node. `ceilings` and `idle_power_w` were measured on this device
-    in this sweep. `executed` demands a freshly executed process. `settings` holds the sweep's other choices
-    (`quality`: none or a dict of how many tokens and choices; `environment`: extra variables).
+    in this sweep. `executed` demands a freshly executed process. `search_path` are folders in which a model factory
+    may be found, the sweep file's own first. `temperature_c` is what the block's first run started at.
     """
 
     sweep: str
@@ -76,10 +76,17 @@ class CellJob:
     ceilings: dict[str, float] = field(default_factory=dict)
     idle_power_w: float | None = None
     temperature_c: float | None = None
+    search_path: tuple[str, ...] = ()
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "cell": self.cell.to_dict(), "device": self.device.to_dict(), "cpus": list(self.cpus)}
+        return {
+            **asdict(self),
+            "cell": self.cell.to_dict(),
+            "device": self.device.to_dict(),
+            "cpus": list(self.cpus),
+            "search_path": list(self.search_path),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CellJob:
@@ -89,6 +96,7 @@ class CellJob:
                 "cell": Cell.from_dict(data["cell"]),
                 "device": DeviceInfo.from_dict(data["device"]),
                 "cpus": tuple(data["cpus"]),
+                "search_path": tuple(data["search_path"]),
             }
         )
 

@@ -33,6 +33,10 @@ FAMILIES: tuple[str, ...] = (
 )
 
 
+class Unsupported(Exception):
+    """Raised while loading or applying: this combination cannot work here. The message is the row's reason."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """Conditions that can be decided at planning time. Empty tuples mean no restriction.

@@ -92,3 +92,10 @@ def unsupported(cell: Cell, device: DeviceInfo) -> str | None:
         if reason:
             return reason
     return None
+
+
+def precision_of(cell: Cell) -> str | None:
+    """Name of the stack's precision technique, or None when the model keeps its published dtype."""
+    known = optimizations()
+    names = (technique.name for technique in cell.stack.techniques if known[technique.name].family == "precision")
+    return next(names, None)

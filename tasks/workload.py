@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from tasks.cell import Cell, Scalar, WorkloadPoint
@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 
 Mark = Callable[[str], None]
 
+# Segments that belong to a call but are no samples of it: making things ready before, closing after.
+SETUP = "setup"
+END = "end"
+
 
 class Step(Protocol):
     """What is timed. `run(index, mark)` does one whole call and calls `mark(label)` at the end of every segment.
 
     Each pass gives its own `mark`: the latency pass synchronises and reads the clock, the device pass records an
-    event, the throughput pass only synchronises where `label` is in `boundaries`. A step never synchronises itself,
+    event, the throughput pass only synchronises where `label` is in `boundaries`, and counts the time up to there if
+    the boundary says so (without boundaries all time counts). A step never synchronises itself,
     never makes inputs, and never moves data between host and device unless that belongs to the workload.
     """
 
     primary: str  # label whose segments are `latency_ms`
-    boundaries: frozenset[str]  # labels after which the throughput pass must synchronise to split phases
+    boundaries: Mapping[str, bool]  # label -> whether the time since the boundary before counts as primary
     unit: str  # "token", "image", "step": what throughput and energy count
     units_per_call: int  # units done by the primary segments of one call
-    forwards_per_call: int  # how many reference forward passes one call is worth; for the bookkeeping only
 
     def run(self, index: int, mark: Mark) -> None: ...
 

@@ -198,9 +198,11 @@ def build_model() -> Any:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # Not in the model's config, where it would take the end-of-text embedding out of training.
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 def perplexity(model: Any, tokens: Any, *, window: int) -> float:
@@ -234,7 +236,7 @@ def train(settings: Settings, out: Path) -> TrainingRecord:
         heldout = heldout[:32_768]
     model = build_model().to(device)
     _add_dropout(model, settings.dropout)
-    forward = torch.compile(model) if settings.compiled else model
+    forward = torch.compile(model, dynamic=False) if settings.compiled else model
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -249,10 +251,11 @@ def train(settings: Settings, out: Path) -> TrainingRecord:
         with _autocast(device.type):
             logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.detach()
 
-    for length in (settings.sequence, MAX_POSITIONS):  # compile outside the timed part
+    longest = min(MAX_POSITIONS, settings.batch_tokens)
+    for length in (settings.sequence, longest):  # compile outside the timed part
         backward(length)
     best, best_step, kept = math.inf, 0, {}
     step, tokens, evaluated = 0, 0, 0
@@ -262,7 +265,7 @@ def train(settings: Settings, out: Path) -> TrainingRecord:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(done)
         # One step in four sees whole 2048-token windows, so that every position the model offers is trained.
-        length = MAX_POSITIONS if step % 4 == 3 else settings.sequence
+        length = longest if step % 4 == 3 else settings.sequence
         optimizer.zero_grad(set_to_none=True)
         loss = backward(length)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

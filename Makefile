@@ -1,0 +1,32 @@
+# The two commands of the README, and the checks before a commit.
+PYTHON ?= python3
+BIN := .venv/bin
+# Ray and torch start many threads and processes; none of them should write outside this folder.
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test test-gpu lint clean
+
+demo: .venv/installed
+	$(BIN)/benchmatrix run quickstart
+
+test: .venv/installed
+	$(BIN)/pytest
+
+test-gpu: .venv/installed
+	$(BIN)/pytest -m gpu
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# constraints.txt pins everything that was tested; torch is installed first, so that nothing pulls another build
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv results

@@ -1,0 +1,5 @@
+"""The one error of this package that is the person's to solve."""
+
+
+class AnalysisError(ValueError):
+    """A result folder that cannot be read, or a question that its rows cannot answer; the message says which."""

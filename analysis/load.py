@@ -1,0 +1,203 @@
+"""Result folders into frames: typed, and only the newest valid row of each cell and round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from analysis.errors import AnalysisError
+from tasks.row import CORE, Outcome
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+Reuse = Literal["exact", "versions", "all"]
+Directories = str | Path | Sequence[str | Path]
+
+_DTYPES = {"string": "string", "int": "Int64", "float": "float64", "bool": "boolean", "strings": "object"}
+_READ_ATTEMPTS = 3
+
+
+def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
+    """Rows of one or several result folders, with a column `result_dir`.
+
+    Integers are Int64, flags boolean, lists are lists (empty when null), other nulls are missing values; every core
+    column is there. One row per (result_dir, cell_id, round): the newest. Rows that a changed sweep no longer matches
+    are left out by `result_key`; `reuse="versions"` keeps those measured with other library versions, `"all"` keeps
+    every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have.
+
+    Raises:
+        AnalysisError: a folder is missing, holds no rows, or a part cannot be read.
+    """
+    import pandas as pd
+
+    frames = [_load_one(folder, reuse) for folder in _folders(directories)]
+    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+
+
+def load_samples(directory: str | Path) -> pd.DataFrame:
+    """Raw samples of a result folder: one line per cell, round, pass and label, series as arrays of milliseconds.
+
+    Empty when none were kept.
+    """
+    import pandas as pd
+
+    folder = Path(directory) / "samples"
+    if not folder.is_dir() or not _parts(folder):
+        names = ("cell_id", "round", "result_key", "measured_in", "label", "values_ms", "ended_s")
+        return pd.DataFrame({name: pd.Series(dtype="object") for name in names})
+    frame = _typed(_read(folder))
+    return frame.drop_duplicates(["cell_id", "round", "result_key", "measured_in", "label"], keep="last")
+
+
+def load_plan(directory: str | Path) -> pd.DataFrame | None:
+    """The cells that were planned, None where the folder has no plan."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(directory) / "plan.parquet"
+    if not path.is_file():
+        return None
+    try:
+        return _typed(pq.read_table(path))
+    except (pa.ArrowException, OSError) as error:
+        raise AnalysisError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _folders(directories: Directories) -> list[Path]:
+    folders = [Path(item) for item in ([directories] if isinstance(directories, str | Path) else directories)]
+    if not folders:
+        raise AnalysisError("no result folder was given")
+    for folder in folders:
+        if not folder.is_dir():
+            raise AnalysisError(f"{folder} is not a folder; give the --out folder of a run, such as results/quickstart")
+        if not (folder / "rows").is_dir() or not _parts(folder / "rows"):
+            raise AnalysisError(f"{folder} holds no results: {folder / 'rows'} has no Parquet file (has a run begun?)")
+    return list(dict.fromkeys(folders))
+
+
+def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
+    frame = _typed(_read(folder / "rows"))
+    if frame.empty:
+        raise AnalysisError(f"{folder} holds no results: the Parquet files under {folder / 'rows'} are empty")
+    plan = load_plan(folder)
+    frame = _complete(frame)
+    order = ["started_at", "attempt"]
+    frame = frame.sort_values(order, kind="stable", na_position="first")
+    frame = frame.drop_duplicates(["cell_id", "round", "result_key"], keep="last")
+    frame = _without_stale(frame, plan, reuse)
+    frame = frame.drop_duplicates(["cell_id", "round"], keep="last")
+    frame = frame.sort_values(["started_at", "cell_id", "round"], kind="stable").reset_index(drop=True)
+    if plan is not None and "rounds" in plan:
+        rounds = plan.drop_duplicates("cell_id").set_index("cell_id")["rounds"]
+        frame["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
+    return frame.assign(result_dir=str(folder)).astype({"result_dir": "string"})
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
+
+
+def _read(folder: Path) -> pa.Table:
+    """All parts as one table. A run may replace parts by a compacted one meanwhile: then list them again."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for attempt in range(_READ_ATTEMPTS):
+        path = folder
+        try:
+            tables = []
+            for path in _parts(folder):
+                tables.append(pq.read_table(path, partitioning=None))
+            return pa.concat_tables(tables, promote_options="permissive")
+        except FileNotFoundError:
+            if attempt + 1 == _READ_ATTEMPTS:
+                raise AnalysisError(f"{path} vanished while it was read; is the folder being moved?") from None
+        except (pa.ArrowException, OSError) as error:
+            raise AnalysisError(f"{path} cannot be read as Parquet: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _typed(table: pa.Table) -> pd.DataFrame:
+    import pandas as pd
+    import pyarrow as pa
+
+    data: dict[str, Any] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            text = pa.types.is_string(kind.value_type) or pa.types.is_null(kind.value_type)
+            values = column.to_pylist() if text else list(column.to_pandas())
+            data[name] = pd.Series([[] if value is None else value for value in values], dtype="object")
+        elif pa.types.is_integer(kind):
+            data[name] = column.to_pandas(types_mapper=lambda _: pd.Int64Dtype())
+        elif pa.types.is_boolean(kind):
+            data[name] = column.to_pandas(types_mapper=lambda _: pd.BooleanDtype())
+        elif pa.types.is_floating(kind) or pa.types.is_null(kind):
+            data[name] = column.to_pandas().astype("float64")
+        else:
+            data[name] = column.to_pandas().astype("string")
+    return pd.DataFrame(data)
+
+
+def _complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """With every core column, in its declared type: parts of an older version may lack some."""
+    import pandas as pd
+
+    added: dict[str, Any] = {}
+    for column in CORE:
+        dtype = _DTYPES[column.type]
+        if column.name in frame and frame[column.name].dtype == dtype:
+            continue
+        if column.type == "strings":
+            added[column.name] = pd.Series([[] for _ in range(len(frame))], index=frame.index, dtype="object")
+        elif column.name in frame:
+            added[column.name] = frame[column.name].astype(dtype)
+        else:
+            added[column.name] = pd.Series(pd.NA if dtype != "float64" else float("nan"), frame.index, dtype=dtype)
+    rest = frame.drop(columns=[name for name in added if name in frame])
+    return pd.concat([rest, pd.DataFrame(added, index=frame.index)], axis=1)
+
+
+def _without_stale(frame: pd.DataFrame, plan: pd.DataFrame | None, reuse: Reuse) -> pd.DataFrame:
+    """Rows that belong to one generation of each cell; `frame` is sorted from old to new.
+
+    The reference is the plan's key where a row has it, else the newest row's. A row fits when it has the same key, or
+    comes from another machine with the same profile and versions (a key is `<identity>-<versions>`, the machine part of
+    the identity). A row without a key was never run: it is kept unless the cell has a row that was.
+    """
+    if reuse == "all":
+        return frame
+    planned: dict[str, str] = {}
+    if plan is not None and "result_key" in plan:
+        planned = dict(zip(plan["cell_id"].tolist(), plan["result_key"].fillna("").tolist(), strict=True))
+    by_cell: dict[str, list[_Identity]] = {}
+    columns = ("cell_id", "result_key", "machine_key", "profile", "outcome")
+    for position, (cell_id, *rest) in enumerate(zip(*(frame[name].fillna("").tolist() for name in columns), strict=True)):
+        by_cell.setdefault(cell_id, []).append(_Identity(position, *rest))
+    keep = []
+    for cell_id, rows in by_cell.items():
+        ran = [row for row in rows if row.key and row.outcome != Outcome.UNPLACED]
+        newest = next((row for row in reversed(ran) if row.key == planned.get(cell_id)), ran[-1] if ran else rows[-1])
+        keep += [row.position for row in ran if row.fits(newest, reuse)] if ran else [newest.position]
+    return frame.iloc[sorted(keep)]
+
+
+class _Identity(NamedTuple):
+    """What decides whether a row belongs with another of its cell."""
+
+    position: int
+    key: str
+    machine: str
+    profile: str
+    outcome: str
+
+    def fits(self, newest: _Identity, reuse: Reuse) -> bool:
+        identity, _, versions = self.key.partition("-")
+        wanted_identity, _, wanted_versions = newest.key.partition("-")
+        if reuse == "exact" and versions != wanted_versions:
+            return False
+        elsewhere = self.machine != newest.machine and self.profile == newest.profile
+        return identity == wanted_identity or elsewhere

@@ -1,0 +1,171 @@
+"""Faster, slower or indistinguishable: one verdict per cell against its baseline, from pairs over rounds.
+
+The statistics and their reasons are in `analysis.inference`; `python -m analysis.simulate` shows what they are worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.inference import MARGIN, judge, moderated_variance
+from analysis.pair import KEY, cells, pairs
+from tasks.row import Outcome
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FASTER, SLOWER, INDISTINGUISHABLE = "faster", "slower", "indistinguishable"
+HIGHER_IS_BETTER = frozenset({"throughput_per_s"})
+
+
+def verdicts(
+    frame: pd.DataFrame, metric: str = "latency_ms_p50", floor: float | Mapping[str, float] = 0.0
+) -> pd.DataFrame:
+    """One line per cell that has a baseline other than itself; the frame is the family of Holm's correction.
+
+    Columns:
+        result_dir, cell_id, baseline_id, metric
+        rounds: pairs behind the figures
+        ratio, lo, hi: cell over baseline, geometric mean and 95 % interval, unadjusted, without the margin
+        p, p_holm: two-sided, against no difference
+        verdict: faster, slower, indistinguishable; null when barred or when there is no interval
+        equivalent: the interval lies within the margin on both sides
+        mde: smallest true difference that such a sweep finds in 80 %, as a fraction
+        degrees, own_variance: of the t-distribution; whether the cell's own rounds alone gave the variance
+        barred: why there is no verdict, a list
+        left_out: pairs not used, because a flag bars them
+
+    Pairs that a flag bars are left out while more than half of them, and at least two, remain; otherwise all are used
+    and the verdict is barred.
+
+    Args:
+        frame: rows as `load` gives them.
+        metric: a time (less is faster), or `throughput_per_s`.
+        floor: what the machine shows between equals (A/A gate), as a fraction, or per hardware tag.
+    """
+    import pandas as pd
+
+    paired = pairs(frame, metric)
+    table = cells(frame)
+    table = table[(table["cell_id"] != table["baseline_id"]) & table["baseline_id"].notna()]
+    outcomes = {(row.result_dir, row.cell_id): row for row in cells(frame).itertuples()}
+    by_cell = {key: group for key, group in paired.groupby(KEY, sort=False)}
+    lines = []
+    for row in table.itertuples():
+        baseline = outcomes.get((row.result_dir, row.baseline_id))
+        lines.append(_line(row, baseline, by_cell.get((row.result_dir, row.cell_id)), metric, floor))
+    result = pd.DataFrame(lines, columns=_COLUMNS)
+    _fill(result, metric)
+    return result.drop(columns=_INTERNAL)
+
+
+_INTERNAL = ["pool", "group_id", "log_mean", "log_variance", "floor", "widened"]
+_COLUMNS = [
+    "result_dir", "cell_id", "baseline_id", "metric", "rounds", "ratio", "lo", "hi", "p", "p_holm", "verdict",
+    "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", *_INTERNAL,
+]  # fmt: skip
+
+
+def _line(
+    row: Any, baseline: Any, found: pd.DataFrame | None, metric: str, floor: float | Mapping[str, float]
+) -> dict[str, Any]:
+    barred = _cell_reasons(row, baseline)
+    used, left_out = found, 0
+    if found is not None:
+        clean = found[[not reasons for reasons in found["barred"]]]
+        if len(clean) >= 2 and 2 * len(clean) > len(found):
+            used, left_out = clean, len(found) - len(clean)
+        else:
+            barred += sorted({reason for reasons in found["barred"] for reason in reasons})
+    values = np.array([] if used is None else used["log_ratio"], dtype=np.float64)
+    if values.size == 0 and row.rounds_ok and not barred:
+        barred.append(f"no pair: {metric} is missing, or the baseline was not measured in its blocks")
+    if values.size == 1:
+        barred.append("1 round: no interval")
+    return {
+        "result_dir": row.result_dir,
+        "cell_id": row.cell_id,
+        "baseline_id": row.baseline_id,
+        "metric": metric,
+        "rounds": values.size,
+        "ratio": float(np.exp(values.mean())) if values.size else float("nan"),
+        "barred": barred,
+        "left_out": left_out,
+        "pool": (row.result_dir, row.sweep, row.hardware),
+        "group_id": (row.result_dir, row.group_id if isinstance(row.group_id, str) else row.baseline_id),
+        "log_mean": values.mean() if values.size else float("nan"),
+        "log_variance": values.var(ddof=1) if values.size > 1 else float("nan"),
+        "floor": floor if isinstance(floor, int | float) else floor.get(row.hardware, 0.0),
+        "widened": bool(used is not None and used["widened"].any()),
+    }
+
+
+def _cell_reasons(row: Any, baseline: Any) -> list[str]:
+    """Why the cell as a whole may not be ranked."""
+    reasons = ["simulated hardware"] if row.simulated else []
+    if row.outcome != Outcome.OK:
+        reasons.append(_not_ok(row))
+    if baseline is None:
+        reasons.append("the baseline has no row")
+    elif baseline.outcome != Outcome.OK:
+        reasons.append(f"baseline {_not_ok(baseline)}")
+    return reasons
+
+
+def _not_ok(row: Any) -> str:
+    if row.rounds_ok == 0:
+        return str(row.outcome)
+    return f"{row.outcome} in {row.outcomes[row.outcome]} of {row.rounds} rounds"
+
+
+def _fill(result: pd.DataFrame, metric: str) -> None:
+    """Variances per device and sweep, then one family of intervals and verdicts."""
+    result["own_variance"] = result["own_variance"].astype("boolean")
+    result["equivalent"] = result["equivalent"].astype("boolean")
+    result["verdict"] = result["verdict"].astype("string")
+    numbers = ["lo", "hi", "p", "p_holm", "mde", "degrees"]
+    result[numbers] = result[numbers].astype("float64")
+    tested = result.index[(result["rounds"] >= 2)]
+    if tested.empty:
+        return
+    for _, pool in result.loc[tested].groupby("pool", sort=False):
+        groups = pool.groupby("group_id", sort=False).ngroup().to_numpy(dtype=np.int64)
+        rounds = pool["rounds"].to_numpy(dtype=np.float64)
+        moderated = moderated_variance(pool["log_variance"].to_numpy(dtype=np.float64), rounds, groups)
+        result.loc[pool.index, "log_variance"] = moderated.variance
+        result.loc[pool.index, "degrees"] = moderated.degrees
+        result.loc[pool.index, "own_variance"] = moderated.own
+    for barred in (False, True):  # those without a verdict get their interval, but do not burden the family
+        index = tested[[bool(reasons) == barred for reasons in result.loc[tested, "barred"]]]
+        if len(index):
+            _judge(result, index, metric, barred)
+
+
+def _judge(result: pd.DataFrame, index: pd.Index[Any], metric: str, barred: bool) -> None:
+    from analysis.inference import Variance
+
+    part = result.loc[index]
+
+    def array(name: str) -> Any:
+        return part[name].to_numpy(dtype=np.float64)
+
+    floor = array("floor")
+    variance = Variance(variance=array("log_variance"), degrees=array("degrees"), own=array("own_variance") > 0)
+    judged = judge(
+        array("log_mean"),
+        variance,
+        array("rounds"),
+        margin=np.maximum(MARGIN, floor),
+        least_half_width=np.where(part["widened"], floor, 0.0),
+    )
+    result.loc[index, "lo"], result.loc[index, "hi"] = np.exp(judged.lo), np.exp(judged.hi)
+    result.loc[index, "p"], result.loc[index, "mde"] = judged.p, np.expm1(judged.mde)
+    if barred:
+        return
+    result.loc[index, "p_holm"], result.loc[index, "equivalent"] = judged.p_holm, judged.equivalent
+    sign = 1 if metric in HIGHER_IS_BETTER else -1
+    words = {0: INDISTINGUISHABLE, sign: FASTER, -sign: SLOWER}
+    result.loc[index, "verdict"] = [words[int(direction)] for direction in judged.direction]

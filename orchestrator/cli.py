@@ -1,0 +1,229 @@
+"""The command `benchmatrix`. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="benchmatrix", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure model x optimization x hardware, and see which optimizations are worth it where.",
+)  # fmt: skip
+
+
+class Format(StrEnum):
+    TERMINAL = "terminal"
+    MARKDOWN = "md"
+    CSV = "csv"
+    LATEX = "latex"
+    JSON = "json"
+
+
+class Kind(StrEnum):
+    COMPARISON = "comparison"
+    TRADEOFF = "tradeoff"
+
+
+class Reuse(StrEnum):
+    EXACT = "exact"
+    VERSIONS = "versions"
+
+
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep file, or the name of a shipped sweep.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable.")]
+OnlyOption = Annotated[str | None, typer.Option("--only", metavar="EXPR", help="Only the cells that match.")]
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="A running Ray cluster; default: this machine.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+OutOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Result folder; default results/<sweep>.")]
+ReuseOption = Annotated[Reuse, typer.Option(help="When a stored row counts: exact, or versions to ignore them.")]
+RetryOption = Annotated[str, typer.Option(metavar="OUTCOMES", help="Measure stored rows of these outcomes again.")]
+WaitOption = Annotated[str, typer.Option(metavar="TIME", help="Wait this long for missing hardware: 30s, 10m, 2h.")]
+ParallelOption = Annotated[
+    bool, typer.Option("--parallel-gpus", help="Measure on several GPUs of a node at once; they share the host.")
+]
+
+
+def main() -> None:
+    """Entry point: bad input becomes one message on standard error and exit status 2."""
+    from orchestrator.problems import bad_input
+
+    try:
+        app(prog_name="benchmatrix")
+    except Exception as error:
+        if not isinstance(error, bad_input()):
+            raise
+        print(f"benchmatrix: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"benchmatrix {version('benchmatrix')}")
+        except PackageNotFoundError:
+            print("benchmatrix, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def plan(
+    sweep: SweepArgument,
+    set_: SetOption = [],  # noqa: B006 - typer copies it
+    only: OnlyOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the cells, what is excluded and why, and how long it will take; runs nothing."""
+    from orchestrator.planning import print_plan, read_plan
+
+    planning = read_plan(sweep, set_, only, address)
+    if as_json:
+        print(json.dumps(planning.document()))
+    else:
+        print_plan(planning)
+
+
+@app.command()
+def run(
+    sweep: SweepArgument,
+    out: OutOption = None,
+    address: AddressOption = None,
+    set_: SetOption = [],  # noqa: B006
+    only: OnlyOption = None,
+    reuse: ReuseOption = Reuse.EXACT,
+    retry: RetryOption = "",
+    wait_nodes: WaitOption = "0s",
+    parallel_gpus: ParallelOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what the result folder does not hold yet; the same command resumes."""
+    from orchestrator.execute import Options, execute
+
+    options = Options(
+        out=out, address=address, overrides=tuple(set_), only=only, reuse=reuse.value, retry=_outcomes(retry),
+        wait_nodes_s=seconds(wait_nodes), parallel_gpus=parallel_gpus,
+    )  # fmt: skip
+    finished = execute(sweep, options)
+    if as_json:
+        print(json.dumps(finished.document()))
+    else:
+        from orchestrator.show import print_results
+
+        print_results([finished.out])
+    raise typer.Exit(finished.status)
+
+
+@app.command()
+def submit(
+    sweep: SweepArgument,
+    address: Annotated[str, typer.Option(metavar="ADDR", help="The cluster's dashboard, http://HOST:8265.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="Result folder as the cluster's head sees it.")],
+    set_: SetOption = [],  # noqa: B006
+    only: OnlyOption = None,
+    wait_nodes: WaitOption = "0s",
+) -> None:
+    """Run a sweep as a Ray job on a cluster and follow its log; Ctrl-C detaches without cancelling."""
+    from orchestrator.planning import read_sweep
+    from orchestrator.submit import Submission
+    from orchestrator.submit import submit as submit_job
+
+    read_sweep(sweep, set_)
+    seconds(wait_nodes)
+    options = [part for item in set_ for part in ("--set", item)]
+    options += ["--only", only] if only else []
+    options += ["--wait-nodes", wait_nodes]
+    raise typer.Exit(submit_job(Submission(sweep=sweep, out=out, address=address, options=options), sys.stdout))
+
+
+@app.command()
+def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result folder.")]) -> None:
+    """What a result folder holds: done, failed and left, also while it is being written."""
+    from orchestrator.show import print_status
+
+    print_status(directory)
+
+
+@app.command()
+def nodes(address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """The live nodes, what they really are, and their hardware tags."""
+    from orchestrator.machine import print_nodes
+
+    print_nodes(address, as_json=as_json)
+
+
+@app.command("list")
+def list_() -> None:
+    """The optimizations, workloads, metrics and shipped sweeps, with what each needs."""
+    from orchestrator.machine import print_catalogue
+
+    print_catalogue()
+
+
+@app.command()
+def tag() -> None:
+    """This machine's hardware tag, for `ray start --labels bench/hw=$(benchmatrix tag)`."""
+    from orchestrator.machine import local_report
+    from orchestrator.planning import local_tag
+
+    print(local_tag(local_report()))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run and why not the rest, with its measured ceilings."""
+    from orchestrator.machine import print_doctor
+
+    raise typer.Exit(print_doctor())
+
+
+@app.command()
+def table(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
+    format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,
+    kind: Annotated[Kind, typer.Option(help="Configurations of one hardware, or one ratio per hardware.")] = (
+        Kind.COMPARISON
+    ),
+) -> None:
+    """The comparison table, or the cross-hardware trade-off table, of one or several result folders."""
+    from orchestrator.show import print_table
+
+    print_table(directories, kind.value, format_.value)
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `10m`, `2h` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a time such as 30s, 10m or 2h")
+    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600}[match.group(2) or "s"]
+
+
+def _outcomes(text: str) -> tuple[str, ...]:
+    from tasks.row import Outcome
+    from tasks.stacks import nearest
+
+    chosen = tuple(filter(None, (part.strip() for part in text.split(","))))
+    known: list[Any] = [outcome.value for outcome in Outcome]
+    for name in chosen:
+        if name not in known:
+            raise typer.BadParameter(f"unknown outcome {name!r}{nearest(name, known)}")
+    return chosen

@@ -1,0 +1,117 @@
+"""Starts a private Ray instance on this machine, or attaches to a running cluster; silent either way."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PREFIX = "benchmatrix-ray-"
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+class ConnectionProblem(RuntimeError):
+    """Ray cannot be started or reached; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """A live Ray session of this process. `local` means that it is ours alone and ends with us."""
+
+    local: bool
+    address: str
+    ray_version: str
+
+
+def check_imports() -> None:
+    """Refuse to start when `tasks` or `analysis` would not be the ones beside this package."""
+    here = Path(__file__).resolve().parent.parent
+    for name in ("tasks", "analysis"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if origin != here:
+            raise ConnectionProblem(
+                f"the package {name!r} is imported from {origin}, not from {here}: start from another folder "
+                "or remove what shadows it"
+            )
+
+
+@contextlib.contextmanager
+def connect(address: str | None = None) -> Iterator[Connection]:
+    """Attach to `address` (or to RAY_ADDRESS, which a Ray job sets), else start a local instance; always shuts down.
+
+    The local instance dies with this process even on SIGKILL (its processes ask the kernel for that), and its
+    files are removed here or, after a SIGKILL, by the next start.
+    """
+    check_imports()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    local = address in (None, "local")
+    folder = _private_folder() if local else None
+    _set_environment(local=local)
+    import ray
+
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": None}
+    try:
+        if local:
+            # num_cpus=1: Ray starts that many idle workers ahead of time; our actors ask for no CPU.
+            ray.init(
+                **{**common, "include_dashboard": False}, address="local", num_cpus=1, _node_ip_address="127.0.0.1",
+                object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder),
+            )  # fmt: skip
+        else:
+            ray.init(**common, address=address)
+    except Exception as error:
+        _remove(folder)
+        raise ConnectionProblem(_why(address, error)) from error
+    try:
+        yield Connection(local=local, address=address or "local", ray_version=str(ray.__version__))
+    finally:
+        ray.shutdown()
+        _remove(folder)
+
+
+def _set_environment(*, local: bool) -> None:
+    """What Ray reads before it is imported. Workers and their children inherit it from a local instance."""
+    if local:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells its settings so
+        os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def _why(address: str | None, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "ersion mismatch" in text:
+        return f"Ray or Python here differs from the cluster at {address}, both must be equal: {text[:300]}"
+    if address is None:
+        return f"Ray cannot start on this machine: {type(error).__name__}: {text[:300]}"
+    return (
+        f"no Ray cluster can be reached at {address}: {type(error).__name__}: {text[:200]} "
+        "(is it running, and is RAY_AUTH_TOKEN the cluster's?)"
+    )
+
+
+def _private_folder() -> Path:
+    """A folder for Ray's sockets and logs, named after this process; those of dead processes are removed."""
+    base = Path(tempfile.gettempdir())
+    for old in base.glob(f"{_PREFIX}*"):
+        owner = old.name.removeprefix(_PREFIX).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

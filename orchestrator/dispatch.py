@@ -1,0 +1,337 @@
+"""The driver's loop: gives blocks to slots, one run in flight per slot, and survives what happens on the nodes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from orchestrator.inventory import Inventory, Node, bench_devices, is_accelerator
+from orchestrator.progress import Progress
+from orchestrator.slots import MAX_STARTS, BenchSlot, Phase, close_all
+from tasks.device import DeviceInfo
+from tasks.job import CellJob, RunResult
+
+MAX_ATTEMPTS = 2
+REFRESH_S = 3.0
+# How long a node that was lost may take to come back when nobody else has its tag.
+RETURN_S = 30.0
+TICK_S = 1.0
+# While the CPU of this very machine is measured, the driver wakes less often.
+QUIET_TICK_S = 5.0
+
+
+class Work(Protocol):
+    """What is left to measure, as the dispatcher asks for it; `orchestrator.work.SweepWork` is the real one."""
+
+    def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
+        """The slots that exist now; returns messages for the person."""
+        ...
+
+    def wants(self, slot: BenchSlot) -> int | None:
+        """Position of the first group that this slot should serve next, None when there is none."""
+        ...
+
+    def take(self, slot: BenchSlot) -> list[CellJob]:
+        """The runs of the next block for this slot, in order; empty when there is none."""
+        ...
+
+    def done(self, job: CellJob, result: RunResult) -> None:
+        """A run has its row."""
+        ...
+
+    def broken(self, slot: BenchSlot, unfinished: list[CellJob]) -> None:
+        """The slot is lost: its groups are free, and what its block had not finished is decided anew."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """Nobody is left to serve the rest: write its rows."""
+        ...
+
+    def left(self) -> bool:
+        """Whether a slot that can exist would have something to do."""
+        ...
+
+    def obituary(self, job: CellJob, reason: str) -> RunResult:
+        """The row of a run that no runner survived."""
+        ...
+
+    def runs(self) -> int:
+        """Rows that the sweep will have when all is done."""
+        ...
+
+
+class Journal(Protocol):
+    def note(self, kind: str, **fields: Any) -> None: ...
+    def tick(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Dispatcher:
+    """Runs `work` on the slots of `inventory` until `stopping` says that only the running cells are to be finished."""
+
+    work: Work
+    inventory: Inventory
+    journal: Journal
+    progress: Progress
+    stopping: Callable[[], bool]
+    static: bool
+    parallel: bool = False
+    wait_nodes_s: float = 0.0
+    log_path: Callable[[str], str | None] = lambda slot_id: None
+    slots: dict[str, BenchSlot] = field(default_factory=dict)
+    _queues: dict[str, deque[CellJob]] = field(default_factory=dict)
+    _refreshed: float = 0.0
+    _waiting_since: float | None = None
+
+    def run(self) -> None:
+        """Until nothing is left, nobody can do what is left, or the person stops it."""
+        self._join(self.inventory.settle().messages)
+        try:
+            while True:
+                if not self.stopping():
+                    self._refresh()
+                    self._assign()
+                active = [slot for slot in self.slots.values() if slot.pending is not None]
+                if self.stopping() and not any(slot.phase is Phase.BUSY for slot in active):
+                    return
+                if not active and not self._patient():
+                    return
+                self._await(active)
+                self.journal.tick()
+                self.progress.refresh()
+        finally:
+            close_all(list(self.slots.values()))
+
+    def _patient(self) -> bool:
+        """Nothing runs: go on while nodes are being probed or, within the limit, awaited."""
+        if any(self._startable(slot) for slot in self.slots.values()):
+            return True
+        if not self.work.left():
+            return False
+        if self.inventory.pending():
+            return True
+        lost = any(not slot.alive for slot in self.slots.values())
+        limit_s = 0.0 if self.static else max(self.wait_nodes_s, RETURN_S if lost else 0.0)
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+            if limit_s:
+                self.progress.say(f"waiting up to {limit_s:.0f} s for nodes that can run the rest")
+        if time.monotonic() - self._waiting_since < limit_s:
+            return True
+        self.work.give_up("every runner that could measure it was lost")
+        return False
+
+    def _refresh(self) -> None:
+        if self.static or time.monotonic() - self._refreshed < REFRESH_S:
+            return
+        self._refreshed = time.monotonic()
+        changes = self.inventory.refresh()
+        for slot in list(self.slots.values()):
+            if slot.node.node_id in changes.lost and slot.alive:
+                self._lose(slot, "its node is gone")
+        if changes.joined or changes.lost or changes.messages:
+            self._join(changes.messages)
+
+    def _join(self, messages: list[str]) -> None:
+        """Make slots for devices that have none yet, and let the work place what it can on all of them."""
+        offered = bench_devices(self.inventory.nodes.values())
+        claims: dict[str, int] = {}
+        for node, device in offered:
+            accelerator = is_accelerator(device)
+            if accelerator:
+                claims[node.node_id] = claims.get(node.node_id, 0) + 1
+                if claims[node.node_id] > self._useful_accelerators(node):
+                    continue
+            slot_id = f"{node.report.hostname}-{node.short_id}/{f'gpu{device.index}' if accelerator else 'cpu'}"
+            if slot_id not in self.slots:
+                self.slots[slot_id] = BenchSlot(
+                    slot_id=slot_id, node=node, device=device, log_path=self.log_path(slot_id)
+                )
+                self._waiting_since = None
+        for message in [*messages, *self.work.offer(offered)]:
+            self.progress.say(message)
+        self.progress.expect(self.work.runs())
+
+    def _useful_accelerators(self, node: Node) -> int:
+        """Equal accelerators of one node only help when they may run at the same time."""
+        tags = {device.tag for device in node.devices if is_accelerator(device)}
+        return node.accelerators if self.parallel or len(tags) > 1 else min(node.accelerators, 1)
+
+    def _assign(self) -> None:
+        for slot in list(self.slots.values()):
+            queue = self._queues.get(slot.slot_id)
+            if slot.phase is Phase.IDLE and queue:
+                self._measure(slot, queue.popleft())
+        waiting = [
+            (position, slot)
+            for slot in self.slots.values()
+            if slot.alive and slot.pending is None and (position := self.work.wants(slot)) is not None
+        ]
+        for _, slot in sorted(waiting, key=lambda item: item[0]):
+            if self._node_is_taken(slot):
+                continue
+            if slot.phase is Phase.ASLEEP:
+                self._start(slot)
+            elif jobs := self.work.take(slot):
+                self._queues[slot.slot_id] = deque(jobs)
+                self._measure(slot, self._queues[slot.slot_id].popleft())
+
+    def _startable(self, slot: BenchSlot) -> bool:
+        return slot.alive and (bool(self._queues.get(slot.slot_id)) or self.work.wants(slot) is not None)
+
+    def _node_is_taken(self, slot: BenchSlot) -> bool:
+        """One run at a time per node, unless several accelerators of it were asked to run together."""
+        for other in self.slots.values():
+            if other is slot or other.node.node_id != slot.node.node_id:
+                continue
+            at_work = other.occupies_node or bool(self._queues.get(other.slot_id))
+            if at_work and not (self.parallel and slot.uses_accelerator and other.uses_accelerator):
+                return True
+        return False
+
+    def _start(self, slot: BenchSlot) -> None:
+        slot.start()
+        self.progress.slot(slot.slot_id, slot.device.tag, "starting")
+
+    def _measure(self, slot: BenchSlot, job: CellJob) -> None:
+        facts = slot.facts or {}
+        ready = replace(
+            job,
+            device=slot.device,
+            cpus=tuple(facts.get("cpus", ())),
+            ceilings=facts.get("ceilings") or {},
+            idle_power_w=facts.get("idle_power_w"),
+            compile_cold=job.cell.cell_id not in slot.compiled,
+        )
+        slot.measure(ready)
+        self.progress.started(slot.slot_id, ready)
+
+    def _await(self, active: list[BenchSlot]) -> None:
+        import ray
+
+        by_reference = {slot.pending: slot for slot in active}
+        references = [*by_reference, *self.inventory.pending()]
+        if not references:
+            time.sleep(TICK_S)
+            return
+        measuring_here = self.static and any(slot.device.kind == "cpu" and slot.job for slot in active)
+        ready, _ = ray.wait(references, timeout=QUIET_TICK_S if measuring_here else TICK_S)
+        for reference in ready:
+            slot = by_reference.get(reference)
+            if slot is not None and slot.pending is reference:
+                self._answer(slot, reference)
+        for slot in active:
+            if slot.overdue():
+                self._fault(slot, f"no answer after {time.monotonic() - slot.since:.0f} s while {slot.phase}")
+        if any(reference not in by_reference for reference in ready):
+            self._refreshed = 0.0
+
+    def _answer(self, slot: BenchSlot, reference: Any) -> None:
+        import ray
+
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.TaskUnschedulableError as error:
+            self._fault(slot, f"its node cannot take the runner: {_first_line(error)}")
+        except ray.exceptions.ActorUnschedulableError as error:
+            self._fault(slot, f"its node cannot take the runner: {_first_line(error)}")
+        except ray.exceptions.RayTaskError as error:
+            self._fault(slot, f"the runner failed: {_first_line(error.cause or error)}")
+        except ray.exceptions.RayError as error:
+            self._fault(slot, f"the runner was lost: {type(error).__name__}")
+        else:
+            self._heed(slot, answer)
+
+    def _heed(self, slot: BenchSlot, answer: dict[str, Any]) -> None:
+        if slot.phase is Phase.STARTING:
+            self._bind(slot, answer["accelerators"])
+            slot.prepare()
+            self.progress.slot(slot.slot_id, slot.device.tag, "importing torch, measuring ceilings")
+        elif slot.phase is Phase.PREPARING:
+            if slot.facts is None:
+                slot.facts = answer
+                self.journal.note("device", slot=slot.slot_id, device=slot.device.to_dict(), facts=answer,
+                                  machine_key=slot.node.report.machine_key)  # fmt: skip
+                if answer.get("error"):
+                    self.progress.say(f"{slot.slot_id}: its ceilings could not be measured: {answer['error']}")
+            else:
+                slot.facts = {**slot.facts, "cpus": answer["cpus"]}
+            slot.idle()
+            self.progress.gone(slot.slot_id)
+        elif slot.job is not None:
+            slot.starts = 0
+            result = RunResult(row=answer["row"], samples=answer["samples"])
+            self._finish(slot, slot.job, result)
+            slot.idle()
+
+    def _bind(self, slot: BenchSlot, accelerators: list[str]) -> None:
+        """On a node with unlike accelerators Ray chooses which one a runner gets; the slot that has it swaps."""
+        given = accelerators[0] if accelerators and slot.uses_accelerator else None
+        if given is None or _is(slot.device, given):
+            return
+        for other in self.slots.values():
+            if other.node.node_id == slot.node.node_id and _is(other.device, given):
+                slot.device, other.device = other.device, slot.device
+                slot.facts, other.facts = other.facts, slot.facts
+                return
+        slot.device = next((device for device in slot.node.devices if _is(device, given)), slot.device)
+
+    def _finish(self, slot: BenchSlot, job: CellJob, result: RunResult) -> None:
+        self.work.done(job, result)
+        self.progress.finished(slot.slot_id, result.row, time.monotonic() - slot.since)
+
+    def _fault(self, slot: BenchSlot, reason: str) -> None:
+        """A fault of the infrastructure: note it, kill the runner, and try its run once more on a new one."""
+        job = slot.job
+        self._note_fault(slot, reason)
+        self.progress.say(f"{slot.slot_id}: {reason}")
+        if slot.node.node_id not in self._alive():
+            self._lose(slot, "its node is gone")
+            return
+        since, queue = slot.since, self._queues.setdefault(slot.slot_id, deque())
+        slot.kill()
+        if job is not None and job.attempt < MAX_ATTEMPTS:
+            queue.appendleft(replace(job, attempt=job.attempt + 1))
+        elif job is not None:
+            result = self.work.obituary(job, f"{reason}; gave up after {job.attempt} attempts")
+            self.work.done(job, result)
+            self.progress.finished(slot.slot_id, result.row, time.monotonic() - since)
+        if slot.starts >= MAX_STARTS:
+            self._lose(slot, f"{slot.starts} runners were lost in a row")
+        elif queue:
+            self._start(slot)
+
+    def _note_fault(self, slot: BenchSlot, reason: str) -> None:
+        job = slot.job
+        run = {"cell_id": job.cell.cell_id, "round": job.round, "attempt": job.attempt} if job else {}
+        self.journal.note("fault", slot=slot.slot_id, node=slot.node.node_id, reason=reason, **run)
+
+    def _lose(self, slot: BenchSlot, reason: str) -> None:
+        """The slot will not come back: its block is broken, its groups are free for others."""
+        self._note_fault(slot, f"slot given up: {reason}")
+        self.progress.say(f"{slot.slot_id} is out: {reason}")
+        unfinished = [*([slot.job] if slot.job else []), *self._queues.pop(slot.slot_id, ())]
+        slot.give_up()
+        self.work.broken(slot, unfinished)
+        self.progress.gone(slot.slot_id)
+        self.progress.expect(self.work.runs())
+
+    def _alive(self) -> set[str]:
+        import ray
+
+        return {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}
+
+
+def _is(device: DeviceInfo, given: str) -> bool:
+    """Whether Ray's id, an index or a UUID, means this accelerator."""
+    if device.uuid is not None and not given.isdigit():
+        return device.uuid == given
+    return device.kind == "cuda" and given == str(device.index)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()[:300] if lines else ''}"

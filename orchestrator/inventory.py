@@ -1,0 +1,187 @@
+"""What the live nodes are: Ray says which exist and what they claim, a probe on each says what is true."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.device import DeviceInfo
+from tasks.probe import NodeReport, probe
+
+HARDWARE_LABEL = "bench/hw"
+HARDWARE_RESOURCE = "hw:"
+NODE_ID_LABEL = "ray.io/node-id"
+PROBE_S = 120.0
+
+
+class VersionMismatch(RuntimeError):
+    """Nodes that do not run the same Python and Ray; one sentence."""
+
+
+def is_accelerator(device: DeviceInfo) -> bool:
+    """Whether Ray counts this device as a GPU, real or pretended."""
+    return device.kind == "cuda" or device.simulated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One live node. `devices` are its bench slots: accelerators first, then its CPU."""
+
+    node_id: str
+    address: str
+    accelerators: int
+    report: NodeReport
+
+    @property
+    def short_id(self) -> str:
+        return self.node_id[:6]
+
+    @property
+    def cpu_only(self) -> bool:
+        return not any(is_accelerator(device) for device in self.devices)
+
+    @property
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Accelerators that Ray does not know of are left alone: the node was started without them."""
+        known = self.report.devices
+        return tuple(device for device in known if self.accelerators or not is_accelerator(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a refresh found: nodes that joined, ids of nodes that are gone, and messages for the person."""
+
+    joined: list[Node] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+
+class Inventory:
+    """The nodes of the connected cluster. `refresh` is cheap; new nodes are probed in the background."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._probing: dict[str, tuple[Any, dict[str, Any], float]] = {}
+        self._refused: set[str] = set()
+
+    def settle(self) -> Changes:
+        """The first refresh: waits until every node that is alive now has been probed."""
+        import ray
+
+        joined, messages = [], []
+        while True:
+            changes = self.refresh()
+            joined += changes.joined
+            messages += changes.messages
+            if not self._probing:
+                return Changes(joined=joined, messages=messages)
+            ray.wait(self.pending(), timeout=1.0)
+
+    def pending(self) -> list[Any]:
+        """References of probes under way."""
+        return [reference for reference, _, _ in self._probing.values()]
+
+    def refresh(self) -> Changes:
+        """Compare with Ray's list of nodes; 0.3 ms when nothing changed."""
+        import ray
+
+        alive = {entry["NodeID"]: entry for entry in ray.nodes() if entry["Alive"]}
+        lost = [node_id for node_id in self.nodes if node_id not in alive]
+        for node_id in lost:
+            del self.nodes[node_id]
+        for node_id, entry in alive.items():
+            if node_id not in self.nodes and node_id not in self._probing and node_id not in self._refused:
+                self._probing[node_id] = (self._submit(entry), entry, time.monotonic() + PROBE_S)
+        joined, messages = self._collect(alive)
+        return Changes(joined=joined, lost=lost, messages=messages)
+
+    def _submit(self, entry: dict[str, Any]) -> Any:
+        import ray
+
+        call = ray.remote(probe_node).options(
+            label_selector={NODE_ID_LABEL: entry["NodeID"]}, num_cpus=0, max_retries=0
+        )
+        return call.remote(declared_tag(entry), declared_accelerators(entry))
+
+    def _collect(self, alive: dict[str, dict[str, Any]]) -> tuple[list[Node], list[str]]:
+        import ray
+
+        joined, messages = [], []
+        for node_id, (reference, entry, deadline) in list(self._probing.items()):
+            ready, _ = ray.wait([reference], timeout=0)
+            late = time.monotonic() > deadline
+            if not ready and not late and node_id in alive:
+                continue
+            del self._probing[node_id]
+            name = entry.get("NodeManagerHostname") or node_id[:6]
+            if not ready:
+                if late:
+                    self._refused.add(node_id)
+                    messages.append(f"node {name} ({node_id[:6]}) did not answer within {PROBE_S:.0f} s: left out")
+                continue
+            try:
+                node = self._node(entry, ray.get(reference))
+            except (ray.exceptions.RayError, VersionMismatch) as error:
+                self._refused.add(node_id)
+                text = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+                messages.append(f"node {name} ({node_id[:6]}) is left out: {text}")
+                continue
+            self.nodes[node_id] = node
+            joined.append(node)
+            messages += [f"node {name} ({node_id[:6]}): {text}" for text in node.report.disagreements]
+        return joined, messages
+
+    def _node(self, entry: dict[str, Any], answer: dict[str, Any]) -> Node:
+        import ray
+
+        for what, here in (("python", platform.python_version()), ("ray", str(ray.__version__))):
+            if answer[what] != here:
+                raise VersionMismatch(f"it runs {what} {answer[what]} and this driver {here}: both must be equal")
+        return Node(
+            node_id=entry["NodeID"],
+            address=entry["NodeManagerAddress"],
+            accelerators=declared_accelerators(entry),
+            report=NodeReport.from_dict(answer["report"]),
+        )
+
+
+def probe_node(tag: str | None, accelerators: int) -> dict[str, Any]:
+    """Runs on the node, as a Ray task: its report and the versions that must be equal everywhere."""
+    import ray
+
+    from orchestrator.connection import check_imports
+
+    check_imports()
+    return {
+        "python": platform.python_version(),
+        "ray": str(ray.__version__),
+        "report": probe(tag, accelerators).to_dict(),
+    }
+
+
+def declared_tag(entry: dict[str, Any]) -> str | None:
+    """The tag that the node was started with: label `bench/hw`, or a custom resource `hw:<tag>`."""
+    label = entry.get("Labels", {}).get(HARDWARE_LABEL)
+    if label:
+        return str(label)
+    named = [name for name in entry.get("Resources", {}) if name.startswith(HARDWARE_RESOURCE)]
+    return named[0].removeprefix(HARDWARE_RESOURCE) if named else None
+
+
+def declared_accelerators(entry: dict[str, Any]) -> int:
+    return int(entry.get("Resources", {}).get("GPU", 0))
+
+
+def bench_devices(nodes: Iterable[Node]) -> list[tuple[Node, DeviceInfo]]:
+    """Every slot of these nodes. The CPU of a node with accelerators serves only where no node is CPU-only."""
+    nodes = list(nodes)
+    dedicated = any(node.cpu_only for node in nodes)
+    return [
+        (node, device)
+        for node in nodes
+        for device in node.devices
+        if is_accelerator(device) or node.cpu_only or not dedicated
+    ]

@@ -1,0 +1,227 @@
+"""What a result folder holds of a plan, and which blocks are still to be run. Pure: records in, blocks out.
+
+A block is one run of each of its cells, back to back on one machine; only cells of one block are compared. So a run
+counts towards its cell's rounds only together with its baseline's run in the same block, and whatever is missing is
+measured in new blocks, each with a fresh baseline.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from tasks.cell import Cell, digest
+from tasks.row import Outcome
+
+Reuse = Literal["exact", "versions"]
+# What a cell's key is expected to be: one, one of several (machines with the same tag), or unknown (no such node now).
+Keys = Callable[[Cell], str | Collection[str] | None]
+
+FAILED = frozenset({Outcome.ERROR, Outcome.CRASHED, Outcome.TIMEOUT, Outcome.INVALID, Outcome.UNPLACED})
+
+
+class Planned(Protocol):
+    """A cell of the plan; `orchestrator.expand.PlannedCell` is one."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def rounds(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """One recorded run of a planned cell."""
+
+    cell_id: str
+    round: int
+    block_id: str
+    outcome: str
+    result_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Cells of one group to be run once each, back to back in this order, as this round."""
+
+    group_id: str
+    block_id: str
+    round: int
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The state of a plan.
+
+    Attributes:
+        done: cell_id -> its runs that are reused, oldest first.
+        failed: of those, the runs that ended in error, crashed, timeout or invalid, and recorded unplaced ones.
+        stale: recorded runs whose result key is not the expected one; kept in the results, never reused.
+        repeated: recorded runs that are measured again: unplaced, asked for with `retry`, or without their baseline.
+        blocks: group_id -> blocks still to be run, in order. Groups with nothing to do are left out.
+    """
+
+    done: Mapping[str, tuple[Done, ...]]
+    failed: tuple[Done, ...]
+    stale: tuple[Done, ...]
+    repeated: tuple[Done, ...]
+    blocks: Mapping[str, tuple[Block, ...]]
+
+    @property
+    def remaining_runs(self) -> int:
+        return sum(len(block.cells) for blocks in self.blocks.values() for block in blocks)
+
+    @property
+    def done_runs(self) -> int:
+        return sum(map(len, self.done.values()))
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Outcome -> number of reused runs."""
+        return Counter(run.outcome for runs in self.done.values() for run in runs)
+
+
+def result_key(identity: dict[str, Any], versions: dict[str, Any]) -> str:
+    """The key of a reusable result: `<digest of identity>-<digest of versions>`.
+
+    Args:
+        identity: cell_id, profile, checkpoint hash, protocol version, machine_key.
+        versions: torch, transformers and backend versions.
+    """
+    return f"{digest(identity)}-{digest(versions)}"
+
+
+def decide(
+    planned: Sequence[Planned],
+    records: Iterable[dict[str, Any]],
+    keys: Keys,
+    *,
+    reuse: Reuse = "exact",
+    retry: Collection[str] = (),
+    seed: int = 0,
+) -> Ledger:
+    """Compare a plan with a journal.
+
+    Args:
+        planned: the cells that can be run, without those excluded or unsupported at planning.
+        records: the journal, oldest first.
+        keys: the result key expected of a cell; None accepts the key of its newest run.
+        reuse: `versions` reuses runs that were measured with other library versions.
+        retry: outcomes that are measured again, once per call.
+        seed: for the order of cells inside a block; the same seed, group and round give the same order.
+
+    Every recorded outcome counts as a run, `unplaced` apart; one `unsupported` run settles its cell. A cell has its
+    rounds when it has as many counted runs, each in one block with a counted run of its baseline, where the plan has
+    one that is supported. New blocks take round numbers that no row of the group has used.
+    """
+    groups: dict[str, dict[str, Planned]] = defaultdict(dict)
+    for item in planned:
+        groups[item.cell.group_id].setdefault(item.cell.cell_id, item)
+    runs, next_round = _recorded(records, {cell_id: name for name, group in groups.items() for cell_id in group})
+
+    done: dict[str, tuple[Done, ...]] = {}
+    stale: list[Done] = []
+    repeated: list[Done] = []
+    blocks: dict[str, tuple[Block, ...]] = {}
+    for group_id, group in groups.items():
+        usable: dict[str, list[Done]] = {}
+        for cell_id, item in group.items():
+            fits = _fits(keys(item.cell), runs[cell_id], reuse) if cell_id in runs else None
+            usable[cell_id] = []
+            for run in runs.get(cell_id, ()):
+                if run.outcome == Outcome.UNPLACED:  # was not run, so it has no key that could fit
+                    repeated.append(run)
+                elif fits is None or not fits(run):
+                    stale.append(run)
+                else:
+                    (repeated if run.outcome in retry else usable[cell_id]).append(run)
+        baseline_id = next(iter(group.values())).cell.baseline_id
+        if baseline_id in group and not _settled(usable[baseline_id]):
+            baseline_blocks = {run.block_id for run in usable[baseline_id]}
+            for cell_id, found in usable.items():
+                if not _settled(found):
+                    repeated += [run for run in found if run.block_id not in baseline_blocks]
+                    usable[cell_id] = [run for run in found if run.block_id in baseline_blocks]
+        done.update((cell_id, tuple(found)) for cell_id, found in usable.items() if found)
+        if planned_blocks := _blocks(group_id, group, usable, baseline_id, next_round.get(group_id, 0), seed):
+            blocks[group_id] = planned_blocks
+    failed = tuple(run for found in (*done.values(), repeated) for run in found if run.outcome in FAILED)
+    return Ledger(done=done, failed=failed, stale=tuple(stale), repeated=tuple(repeated), blocks=blocks)
+
+
+def _recorded(
+    records: Iterable[dict[str, Any]], planned: Mapping[str, str]
+) -> tuple[dict[str, list[Done]], dict[str, int]]:
+    """Runs of the `planned` (cell_id -> group_id), and for each group the first round number its rows have not used."""
+    runs: dict[tuple[str, int], Done] = {}
+    next_round: dict[str, int] = {}
+    for record in records:
+        row = record.get("row")
+        if record.get("kind") != "row" or not isinstance(row, dict):
+            continue
+        group_id, round_ = row.get("group_id") or planned.get(row["cell_id"]), row["round"]
+        if group_id is not None:
+            next_round[group_id] = max(next_round.get(group_id, 0), round_ + 1)
+        if row["cell_id"] in planned:
+            runs.setdefault(
+                (row["cell_id"], round_),
+                Done(
+                    cell_id=row["cell_id"],
+                    round=round_,
+                    block_id=row.get("block_id") or "",
+                    outcome=str(row.get("outcome")),
+                    result_key=row.get("result_key"),
+                ),
+            )
+    by_cell: dict[str, list[Done]] = defaultdict(list)
+    for run in runs.values():
+        by_cell[run.cell_id].append(run)
+    return dict(by_cell), next_round
+
+
+def _fits(expected: str | Collection[str] | None, runs: Sequence[Done], reuse: Reuse) -> Callable[[Done], bool]:
+    if expected is None:
+        expected = next((run.result_key for run in reversed(runs) if run.result_key), None)
+        if expected is None:
+            return lambda run: True
+    wanted = {_compared(key, reuse) for key in ([expected] if isinstance(expected, str) else expected)}
+    return lambda run: run.result_key is not None and _compared(run.result_key, reuse) in wanted
+
+
+def _compared(key: str, reuse: Reuse) -> str:
+    return key.partition("-")[0] if reuse == "versions" else key
+
+
+def _settled(runs: Sequence[Done]) -> bool:
+    """A combination that a node found unsupported stays so in every round."""
+    return any(run.outcome == Outcome.UNSUPPORTED for run in runs)
+
+
+def _blocks(
+    group_id: str,
+    group: Mapping[str, Planned],
+    usable: Mapping[str, Sequence[Done]],
+    baseline_id: str,
+    first_round: int,
+    seed: int,
+) -> tuple[Block, ...]:
+    missing = {
+        cell_id: 0 if _settled(usable[cell_id]) else max(0, item.rounds - len(usable[cell_id]))
+        for cell_id, item in group.items()
+    }
+    has_baseline = baseline_id in group and not _settled(usable[baseline_id])
+    blocks = []
+    for number in range(max(missing.values())):
+        round_ = first_round + number
+        cells = [
+            item.cell
+            for cell_id, item in group.items()
+            if missing[cell_id] > number or (has_baseline and cell_id == baseline_id)
+        ]
+        random.Random(f"{seed}/{group_id}/{round_}").shuffle(cells)
+        blocks.append(Block(group_id=group_id, block_id=f"{group_id}-{round_:03d}", round=round_, cells=tuple(cells)))
+    return tuple(blocks)

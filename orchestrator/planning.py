@@ -1,0 +1,158 @@
+"""From a sweep's name to its placed cells, with the forecast of memory and time; starts nothing unless asked to."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.expand import PlannedCell, expand
+from orchestrator.placement import Placed, place
+from orchestrator.sweep import Sweep, load_sweep, parse_only
+from tasks.device import DeviceInfo
+from tasks.probe import NodeReport, probe
+from tasks.registry import optimizations
+
+# Seconds of one run besides the measuring passes: process, load, first call, evidence. Seen on 2 cores and an H200.
+OVERHEAD_S = 2.0
+COMPILE_COLD_S = 25.0
+COMPILE_WARM_S = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """A sweep placed on the devices that were looked at. `tags` are theirs, `slots` how many slots each tag has."""
+
+    sweep: Sweep
+    placed: list[Placed]
+    slots: dict[str, int]
+
+    @property
+    def runs(self) -> int:
+        return sum(item.planned.rounds for item in self.placed if item.to_run)
+
+    @property
+    def estimated_s(self) -> float:
+        """The longest hardware's share, its slots working side by side."""
+        seconds: dict[str, float] = defaultdict(float)
+        for item in self.placed:
+            if item.to_run and item.device is not None:
+                seconds[item.device.tag] += _estimate(self.sweep, item)
+        return max((total / max(self.slots.get(tag, 1), 1) for tag, total in seconds.items()), default=0.0)
+
+    def document(self) -> dict[str, Any]:
+        """What `plan --json` prints."""
+        return {
+            "sweep": self.sweep.name,
+            "cells": [
+                {
+                    "cell_id": item.planned.cell.cell_id,
+                    "baseline_id": item.planned.cell.baseline_id,
+                    "model": item.planned.cell.model.id,
+                    "workload": str(item.planned.cell.workload),
+                    "optimization": str(item.planned.cell.stack),
+                    "hardware": item.planned.cell.hardware,
+                    "rounds": item.planned.rounds,
+                    "decision": item.decision.value,
+                    "reason": item.reason,
+                }
+                for item in self.placed
+            ],
+            "estimated_s": round(self.estimated_s, 1),
+        }
+
+
+def read_sweep(sweep: str, overrides: Sequence[str]) -> Sweep:
+    """The validated sweep; raises `SweepError`."""
+    return load_sweep(sweep, overrides)
+
+
+def search_path(sweep: str) -> tuple[str, ...]:
+    """Folders in which a model factory may lie: the sweep file's own, then the working directory."""
+    path = Path(sweep)
+    own = (str(path.resolve().parent),) if path.is_file() else ()
+    return tuple(dict.fromkeys([*own, str(Path.cwd())]))
+
+
+def planned_cells(sweep: Sweep, only: str | None, tag: str) -> list[PlannedCell]:
+    return expand(sweep, tag, parse_only(only) if only else None)
+
+
+def read_plan(sweep: str, overrides: Sequence[str], only: str | None, address: str | None) -> Planning:
+    """Expand and place a sweep on this machine's devices, or on those of the cluster at `address`."""
+    loaded = read_sweep(sweep, overrides)
+    chosen = parse_only(only) if only else None
+    report = probe()
+    devices: list[DeviceInfo] = list(report.devices)
+    if address is not None:
+        devices = _cluster_devices(address)
+    cells = expand(loaded, local_tag(report), chosen)
+    placed = place(cells, devices, loaded.limits.memory_budget_bytes)
+    return Planning(sweep=loaded, placed=placed, slots=dict(Counter(device.tag for device in devices)))
+
+
+def local_tag(report: NodeReport) -> str:
+    """The tag of the first accelerator, else of the CPU."""
+    return report.devices[0].tag
+
+
+def print_plan(planning: Planning) -> None:
+    """Cells by group, what is not run and why, and the forecast."""
+        from rich.markup import escape
+    from rich.table import Table
+
+    from orchestrator.progress import duration
+    from orchestrator.quiet import console_for
+
+    console = console_for(sys.stdout)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "workload", "optimization", "hardware", "rounds", "at least", "decision"):
+        table.add_column(name, overflow="fold")
+    for item in planning.placed:
+        cell = item.planned.cell
+        decision = item.decision.value if item.reason is None else f"{item.decision.value}: {item.reason}"
+        table.add_row(
+            escape(cell.model.id), escape(str(cell.workload)), escape(str(cell.stack)), cell.hardware,
+            str(item.planned.rounds) if item.to_run else "-", _least_memory(item), escape(decision),
+        )  # fmt: skip
+    console.print(table)
+    decisions = Counter(item.decision.value for item in planning.placed)
+    counts = ", ".join(f"{number} {name}" for name, number in decisions.items())
+    print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
+
+
+def _least_memory(item: Placed) -> str:
+    from tasks.footprint import lower_bound
+
+    footprint = lower_bound(item.planned.cell)
+    return f"{footprint.total_bytes / 2**20:,.0f} MiB" if footprint.total_bytes else "?"
+
+
+def _estimate(sweep: Sweep, item: Placed) -> float:
+    profile = sweep.measuring
+    cuda = item.device is not None and item.device.kind == "cuda"
+    passes = profile.warmup_min_s + profile.latency_s + profile.throughput_s
+    if cuda:
+        passes += profile.device_s + profile.energy_window_s * profile.energy_windows
+    rounds, known = item.planned.rounds, optimizations()
+    seconds = rounds * (passes + OVERHEAD_S)
+    if any(known[name].family == "compile" for name in item.planned.cell.stack.names()):
+        seconds += COMPILE_COLD_S + COMPILE_WARM_S * (rounds - 1)
+    return min(seconds, rounds * sweep.limits.cell_timeout_s)
+
+
+def _cluster_devices(address: str) -> list[DeviceInfo]:
+    import os
+
+    from orchestrator.connection import connect
+    from orchestrator.inventory import Inventory, bench_devices
+    from orchestrator.quiet import quiet
+
+    with quiet(Path(os.devnull)) as terminal, connect(address):
+        inventory = Inventory()
+        for message in inventory.settle().messages:
+            print(message, file=terminal)
+        return [device for _, device in bench_devices(inventory.nodes.values())]

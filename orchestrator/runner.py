@@ -1,0 +1,103 @@
+"""The actor of one bench slot: sits on the node, owns the slot's supervisor, speaks plain data only.
+
+It never imports torch: the measured code lives in isolated processes below it, and dies with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tasks.device import DeviceInfo
+from tasks.job import CellJob
+from tasks.supervisor import Supervisor
+
+_PREFIX = "benchmatrix-slot-"
+
+
+class Runner:
+    """One per slot, pinned to its node. `log_path` is a file on that node, or None for one beside the work folder."""
+
+    def __init__(self, log_path: str | None) -> None:
+        self._undone = undo_ray()
+        self._work = _work_folder()
+        self._log_path = Path(log_path) if log_path else self._work / "slot.log"
+        self._supervisor: Supervisor | None = None
+
+    def where(self) -> dict[str, Any]:
+        """Which accelerators Ray gave to this actor, and what it runs as."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return {"accelerators": context.get_accelerator_ids().get("GPU", []), "pid": os.getpid(), **self._undone}
+
+    def prepare(self, device: dict[str, Any], cpus: list[int], with_facts: bool) -> dict[str, Any]:
+        """Bind the slot to `device`, start its supervisor; the device's measured facts, or nothing unless asked."""
+        affinity = tuple(cpus) or tuple(sorted(os.sched_getaffinity(0)))
+        self._supervisor = Supervisor(
+            DeviceInfo.from_dict(device), cpus=affinity, log_path=self._log_path, work_dir=self._work
+        )
+        self._supervisor.start()
+        return {**(self._supervisor.facts() if with_facts else {}), "cpus": list(affinity)}
+
+    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One run of one cell: `{"row", "samples"}`. Raises only when the supervisor itself cannot go on."""
+        if self._supervisor is None:
+            raise RuntimeError("the runner was not prepared")
+        compile_cache = self._work / "compile" / CellJob.from_dict(job).cell.cell_id
+        compile_cache.mkdir(parents=True, exist_ok=True)
+        local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
+        result = self._supervisor.measure(CellJob.from_dict({**job, **local}))
+        return {"row": result.row, "samples": result.samples}
+
+    def close(self) -> None:
+        """End every process of the slot and remove its files."""
+        if self._supervisor is not None:
+            self._supervisor.close()
+            self._supervisor = None
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+def undo_ray() -> dict[str, Any]:
+    """Take back what Ray does to a worker and so to its children; returns what was read back.
+
+    Lowering niceness and the out-of-memory score needs rights that a plain user lacks; nodes that were started with
+    RAY_worker_niceness=0 do not need it.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    score = Path("/proc/self/oom_score_adj")
+    # above 0: when host memory runs out it should be a cell that dies, not the raylet or the driver
+    with contextlib.suppress(OSError):
+        score.write_text("500")
+    for name in ("OMP_NUM_THREADS", "RAY_LD_PRELOAD_ON_WORKERS"):
+        os.environ.pop(name, None)
+    return {
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "oom_score_adj": int(score.read_text()) if score.exists() else None,
+    }
+
+
+def artifact_folder() -> Path:
+    """Where this node keeps what is made once and used by many cells (quality references)."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "benchmatrix" / "artifacts"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        base = Path(tempfile.gettempdir()) / "benchmatrix-artifacts"
+        base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def _work_folder() -> Path:
+    """A folder named after this process; those that killed runners left are removed."""
+    base = Path(tempfile.gettempdir())
+    for old in base.glob(f"{_PREFIX}*"):
+        owner = old.name.removeprefix(_PREFIX).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))

@@ -1,0 +1,133 @@
+"""A bench slot as the driver sees it: its actor on the node, what that actor is doing, and until when it may."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
+from tasks.device import DeviceInfo
+from tasks.job import CellJob
+
+STARTING_S = 120.0
+PREPARING_S = 480.0
+# Beyond a cell's own limit: the supervisor needs a moment to kill it, read its remains and answer.
+GRACE_S = 45.0
+CLOSING_S = 10.0
+# Actors that died in a row without one finished run; then the slot is given up.
+MAX_STARTS = 3
+
+
+class Phase(StrEnum):
+    ASLEEP = "asleep"
+    STARTING = "starting"
+    PREPARING = "preparing"
+    IDLE = "idle"
+    BUSY = "busy"
+    GONE = "gone"
+
+
+@dataclass(kw_only=True, eq=False)
+class BenchSlot:
+    """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave."""
+
+    slot_id: str
+    node: Node
+    device: DeviceInfo
+    cpus: tuple[int, ...] = ()
+    log_path: str | None = None
+    phase: Phase = Phase.ASLEEP
+    actor: Any = None
+    pending: Any = None
+    deadline: float = 0.0
+    since: float = 0.0
+    job: CellJob | None = None
+    starts: int = 0
+    facts: dict[str, Any] | None = None
+    compiled: set[str] = field(default_factory=set)
+
+    @property
+    def uses_accelerator(self) -> bool:
+        """Whether Ray holds an accelerator (real or pretended) for this slot."""
+        return is_accelerator(self.device)
+
+    @property
+    def occupies_node(self) -> bool:
+        """Starting a runner and measuring facts disturb a neighbour as much as a run does."""
+        return self.phase in (Phase.STARTING, Phase.PREPARING, Phase.BUSY)
+
+    @property
+    def alive(self) -> bool:
+        return self.phase is not Phase.GONE
+
+    def start(self) -> None:
+        """Create the actor; it is refused at once when the node cannot take it."""
+        import ray
+
+        from orchestrator.runner import Runner
+
+        self.starts += 1
+        self.compiled.clear()
+        self.actor = (
+            ray.remote(Runner)
+            .options(
+                label_selector={NODE_ID_LABEL: self.node.node_id},
+                num_gpus=1 if self.uses_accelerator else 0,
+                num_cpus=0,
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            .remote(self.log_path)
+        )
+        self._await(self.actor.where.remote(), Phase.STARTING, STARTING_S)
+
+    def prepare(self) -> None:
+        """Start the supervisor for `device`; measures the device's facts unless they are known."""
+        call = self.actor.prepare.remote(self.device.to_dict(), list(self.cpus), self.facts is None)
+        self._await(call, Phase.PREPARING, PREPARING_S)
+
+    def measure(self, job: CellJob) -> None:
+        self.job = job
+        self.compiled.add(job.cell.cell_id)
+        self._await(self.actor.measure.remote(job.to_dict()), Phase.BUSY, job.timeout_s + GRACE_S)
+
+    def idle(self) -> None:
+        self.pending, self.job, self.phase = None, None, Phase.IDLE
+
+    def overdue(self) -> bool:
+        return self.pending is not None and time.monotonic() > self.deadline
+
+    def kill(self) -> None:
+        """Kill the actor with everything below it; what it may still return is never looked at."""
+        import ray
+
+        actor, self.actor, self.pending, self.job = self.actor, None, None, None
+        if self.phase is not Phase.GONE:
+            self.phase = Phase.ASLEEP
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def give_up(self) -> None:
+        self.kill()
+        self.phase = Phase.GONE
+
+    def close(self) -> Any:
+        """Ask an idle actor to end its processes; returns the reference to wait for, if any."""
+        return self.actor.close.remote() if self.actor is not None and self.phase is Phase.IDLE else None
+
+    def _await(self, reference: Any, phase: Phase, limit_s: float) -> None:
+        self.pending, self.phase, self.since = reference, phase, time.monotonic()
+        self.deadline = self.since + limit_s
+
+
+def close_all(slots: list[BenchSlot]) -> None:
+    """Let the idle runners tidy up, then kill all."""
+    import ray
+
+    closing = [reference for slot in slots if (reference := slot.close()) is not None]
+    if closing:
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSING_S)
+    for slot in slots:
+        slot.kill()

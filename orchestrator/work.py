@@ -1,0 +1,277 @@
+"""What a sweep has still to measure, as the dispatcher asks for it: placed, decided by the ledger, group by group."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.expand import PlannedCell
+from orchestrator.inventory import Node
+from orchestrator.keys import KeyMaker
+from orchestrator.ledger import Block, Ledger, Reuse, decide
+from orchestrator.patience import PatientStore
+from orchestrator.placement import Decision, Placed, place
+from orchestrator.slots import BenchSlot
+from orchestrator.store import Records
+from orchestrator.sweep import Sweep
+from tasks.cell import Cell
+from tasks.device import DeviceInfo, tag_matches
+from tasks.identity import cell_columns, job_columns
+from tasks.job import CellJob, RunResult
+from tasks.row import Outcome, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every run of this call of `benchmatrix run` shares."""
+
+    sweep: Sweep
+    run_id: str
+    ray_version: str
+    search_path: tuple[str, ...] = ()
+    reuse: Reuse = "exact"
+    retry: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class _GroupWork:
+    """One comparison group: its cells that can be run, and its blocks still to come."""
+
+    order: int
+    hardware: str
+    planned: dict[str, PlannedCell] = field(default_factory=dict)
+    blocks: deque[Block] = field(default_factory=deque)
+
+
+class SweepWork:
+    """Implements `dispatch.Work` over a plan, a ledger and a store. All of a group's blocks go to one slot."""
+
+    def __init__(
+        self, planned: Sequence[PlannedCell], store: PatientStore, records: Records, settings: RunSettings, *,
+        settled: Callable[[dict[str, Any]], None], write_plan: Callable[[list[dict[str, Any]]], None],
+    ) -> None:  # fmt: skip
+        """`settled` is told of the rows that are written here, of cells that no runner sees."""
+        self._settings, self._store, self._earlier = settings, store, records
+        self._settled, self._write_plan = settled, write_plan
+        self._keys = KeyMaker(settings.sweep.profile)
+        self._homeless = list(planned)
+        self._order = {cell_id: index for index, cell_id in enumerate(dict.fromkeys(i.cell.group_id for i in planned))}
+        self._groups: dict[str, _GroupWork] = {}
+        self._free: dict[str, deque[str]] = defaultdict(deque)
+        self._bound: dict[str, deque[str]] = defaultdict(deque)
+        self._machines: list[tuple[Node, DeviceInfo]] = []
+        self._recorded: list[dict[str, Any]] = []
+        self._has_row = {record["row"]["cell_id"] for record in records if record.get("kind") == "row"}
+        self._quality_known: set[str] = set()
+        self._planned = False
+        self.placed: dict[str, Placed] = {}
+        self.measured = 0
+        self.reused_runs = 0
+        self.stale_runs = 0
+        self.written = 0
+        self._under_way = 0
+
+    def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
+        """Place what had no home on the devices that exist now, and ask the ledger what of it is left."""
+        self._machines = devices
+        budget = self._settings.sweep.limits.memory_budget_bytes
+        placed = place(self._homeless, [device for _, device in devices], budget)
+        newcomers = [item for item in placed if item.decision is not Decision.UNPLACED]
+        for item in placed:
+            self.placed[item.planned.cell.cell_id] = item
+        self._homeless = [item.planned for item in placed if item.decision is Decision.UNPLACED]
+        for item in newcomers:
+            if item.to_run:
+                self._group(item.planned.cell).planned[item.planned.cell.cell_id] = item.planned
+        if newcomers or not self._planned:
+            self._write_plan(self.plan_rows())
+            self._planned = True
+        for item in newcomers:
+            if not item.to_run:
+                self._settle(item.planned, Outcome.UNSUPPORTED, item.reason or "")
+        groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
+        if groups:
+            ledger = self._decide(groups, self._settings.retry)
+            self.reused_runs += ledger.done_runs
+            self.stale_runs += len(ledger.stale)
+        for group_id in groups:
+            if self._groups[group_id].blocks:
+                self._free[self._groups[group_id].hardware].append(group_id)
+        return self._unplaced_messages(placed)
+
+    def wants(self, slot: BenchSlot) -> int | None:
+        bound = self._bound.get(slot.slot_id)
+        if bound:
+            return self._groups[bound[0]].order
+        heads = [self._groups[queue[0]].order for queue in self._matching(slot.device)]
+        return min(heads, default=None)
+
+    def take(self, slot: BenchSlot) -> list[CellJob]:
+        bound = self._bound[slot.slot_id]
+        if not bound:
+            queues = sorted(self._matching(slot.device), key=lambda queue: self._groups[queue[0]].order)
+            if not queues:
+                return []
+            bound.append(queues[0].popleft())
+        group = self._groups[bound[0]]
+        block = group.blocks.popleft()
+        if not group.blocks:
+            bound.popleft()
+        self._store.note(
+            "block", block_id=block.block_id, group_id=block.group_id, round=block.round, slot=slot.slot_id,
+            machine_key=slot.node.report.machine_key,
+        )  # fmt: skip
+        self._under_way += len(block.cells)
+        return [self._job(group, block, cell, order, slot) for order, cell in enumerate(block.cells)]
+
+    def done(self, job: CellJob, result: RunResult) -> None:
+        row = Row.from_dict(result.row)
+        defaults = {**job_columns(job), "ray": self._settings.ray_version}
+        row.set(**{name: value for name, value in defaults.items() if value is not None and row[name] is None})
+        row.set(ray=self._settings.ray_version)
+        result.row.clear()
+        result.row.update(row.to_dict())
+        self._under_way -= 1
+        self.measured += 1
+        self._add(result)
+
+    def obituary(self, job: CellJob, reason: str) -> RunResult:
+        row = Row()
+        row.set(**job_columns(job), outcome=Outcome.CRASHED, reason=reason, error_type="RunnerLost")
+        return RunResult(row=row.to_dict())
+
+    def broken(self, slot: BenchSlot, unfinished: Sequence[CellJob]) -> None:
+        groups = dict.fromkeys([*(job.cell.group_id for job in unfinished), *self._bound.pop(slot.slot_id, ())])
+        self._under_way -= len(unfinished)
+        self._decide(groups, ())
+        for group_id in reversed(groups):
+            group = self._groups[group_id]
+            if group.blocks:
+                self._free[group.hardware].appendleft(group_id)
+
+    def left(self) -> bool:
+        return bool(self._homeless) or any(self._free.values()) or any(self._bound.values())
+
+    def runs(self) -> int:
+        return (
+            self.written
+            + self._under_way
+            + sum(len(block.cells) for group in self._groups.values() for block in group.blocks)
+        )
+
+    def give_up(self, reason: str) -> None:
+        """Cells without any row get one; cells that have some rounds keep them."""
+        for group_id in [group_id for queue in self._free.values() for group_id in queue]:
+            for planned in self._groups[group_id].planned.values():
+                self._settle(planned, Outcome.CRASHED, reason)
+            self._groups[group_id].blocks.clear()
+        self._free.clear()
+        for planned in self._homeless:
+            self._settle(planned, Outcome.UNPLACED, self.placed[planned.cell.cell_id].reason or reason)
+        self._homeless = []
+
+    def plan_rows(self) -> list[dict[str, Any]]:
+        """The plan as it is stored: the denominator of every coverage figure."""
+        return [plan_row(self._settings.sweep.name, item, self._keys.one(item, self._machines))
+                for item in self.placed.values()]  # fmt: skip
+
+    def outcomes(self) -> Counter[str]:
+        """One outcome for each planned cell that has a row: `ok` only if all its counted runs are."""
+        planned = [item for group in self._groups.values() for item in group.planned.values()]
+        runs = self._ask(planned, ()).done
+        newest = {record["row"]["cell_id"]: record["row"]["outcome"] for record in self._records() if "row" in record}
+        found: Counter[str] = Counter()
+        for cell_id in self.placed:
+            counted = [run.outcome for run in runs.get(cell_id, ())] or [newest[cell_id]] if cell_id in newest else []
+            if counted:
+                found[next((outcome for outcome in counted if outcome != Outcome.OK), Outcome.OK.value)] += 1
+        return found
+
+    def _group(self, cell: Cell) -> _GroupWork:
+        if cell.group_id not in self._groups:
+            self._groups[cell.group_id] = _GroupWork(order=self._order[cell.group_id], hardware=cell.hardware)
+        return self._groups[cell.group_id]
+
+    def _matching(self, device: DeviceInfo) -> Iterator[deque[str]]:
+        return (queue for hardware, queue in self._free.items() if queue and tag_matches(hardware, device.tag))
+
+    def _decide(self, groups: Iterable[str], retry: Sequence[str]) -> Ledger:
+        planned = [item for group_id in groups for item in self._groups[group_id].planned.values()]
+        ledger = self._ask(planned, retry)
+        for group_id in groups:
+            self._groups[group_id].blocks = deque(ledger.blocks.get(group_id, ()))
+        self._quality_known |= {
+            cell_id for cell_id, runs in ledger.done.items() if any(run.outcome == Outcome.OK for run in runs)
+        }
+        return ledger
+
+    def _ask(self, planned: Sequence[PlannedCell], retry: Sequence[str]) -> Ledger:
+        return decide(
+            planned, self._records(), lambda cell: self._keys.all(cell, self._machines), reuse=self._settings.reuse,
+            retry=retry, seed=self._settings.sweep.seed,
+        )  # fmt: skip
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        yield from self._earlier
+        yield from self._recorded
+
+    def _job(self, group: _GroupWork, block: Block, cell: Cell, order: int, slot: BenchSlot) -> CellJob:
+        sweep = self._settings.sweep
+        return CellJob(
+            sweep=sweep.name, cell=cell, hardware_requested=group.planned[cell.cell_id].hardware_requested,
+            device=slot.device, profile=sweep.profile, round=block.round, block_id=block.block_id,
+            order_in_round=order, result_key=self._keys.key(cell, slot.node, slot.device),
+            run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
+            memory_budget_bytes=sweep.limits.memory_budget_bytes,
+            quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
+            search_path=self._settings.search_path, seed=sweep.seed,
+        )  # fmt: skip
+
+    def _settle(self, planned: PlannedCell, outcome: Outcome, reason: str) -> None:
+        """The one row of a cell that is not run, unless it has a row already."""
+        if planned.cell.cell_id in self._has_row:
+            return
+        row = Row()
+        row.set(
+            **cell_columns(planned.cell), sweep=self._settings.sweep.name, round=0, outcome=outcome, reason=reason,
+            hardware_requested=planned.hardware_requested, run_id=self._settings.run_id, attempt=1,
+            profile=self._settings.sweep.profile, ray=self._settings.ray_version,
+        )  # fmt: skip
+        key = self._keys.one(self.placed[planned.cell.cell_id], self._machines)
+        row.set(result_key=key)
+        self._add(RunResult(row=row.to_dict()))
+        self._settled(row.to_dict())
+
+    def _add(self, result: RunResult) -> None:
+        self._store.add(result)
+        if result.row["outcome"] == Outcome.OK:
+            self._quality_known.add(result.row["cell_id"])
+        self.written += 1
+        names = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key")
+        self._recorded.append({"kind": "row", "row": {name: result.row.get(name) for name in names}})
+        self._has_row.add(result.row["cell_id"])
+
+    def _unplaced_messages(self, placed: Sequence[Placed]) -> list[str]:
+        counts: dict[str, int] = defaultdict(int)
+        for item in placed:
+            if item.decision is Decision.UNPLACED and item.reason:
+                counts[item.reason] += 1
+        return [f"{reason}: {number} cell{'s' if number > 1 else ''} unplaced" for reason, number in counts.items()]
+
+
+def plan_row(sweep: str, item: Placed, result_key: str | None) -> dict[str, Any]:
+    """One row of `plan.parquet`."""
+    cell = item.planned.cell
+    columns = cell_columns(cell)
+    names = ("cell_id", "baseline_id", "group_id", "model", "workload", "workload_point", "optimization", "hardware")
+    return {
+        **{name: columns[name] for name in names},
+        "sweep": sweep,
+        "result_key": result_key,
+        "hardware_requested": item.planned.hardware_requested,
+        "rounds": item.planned.rounds,
+        "decision": item.decision.value,
+        "reason": item.reason,
+    }

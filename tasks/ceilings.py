@@ -1,0 +1,132 @@
+"""What a device can do at best, measured on it: memory bandwidth and matrix products, random data, sustained.
+
+Utilisation figures divide by these, and nothing may exceed them. A datasheet's numbers are never reached, and differ
+between cards of one name by their power limits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tasks.device import DeviceInfo
+from tasks.statistics import median
+
+if TYPE_CHECKING:
+    import torch
+
+COPY = "copy_bytes_per_s"
+READ = "read_bytes_per_s"
+GEMM_SIZES = {"cuda": 8192, "cpu": 2048}
+MINIMUM_S = {"cuda": 0.4, "cpu": 0.3}
+BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 256 * 2**20}
+
+
+def product_key(precision: str) -> str:
+    """Name of the ceiling of matrix products in `fp32`, `tf32`, `fp16` or `bf16`, in FLOP per second."""
+    return f"{precision}_flop_per_s"
+
+
+def measure_facts(payload: dict[str, Any]) -> dict[str, Any]:
+    """Ceilings of the device in `payload`, and its idle power: `{"ceilings": {...}, "idle_power_w": ...}`."""
+    import torch
+
+    from tasks.energy import idle_power
+    from tasks.nvml import open_gpu
+
+    info = DeviceInfo.from_dict(payload["device"])
+    if payload["cpus"]:
+        os.sched_setaffinity(0, payload["cpus"])
+        torch.set_num_threads(len(payload["cpus"]))
+    gpu = open_gpu(info.uuid) if info.kind == "cuda" else None
+    # before CUDA is initialised: a context raises the idle power, and the card may still be warm from the last cell
+    idle = idle_power(gpu) if gpu is not None else None
+    device = torch.device(info.kind)
+    return {
+        "ceilings": measure_ceilings(device),
+        "idle_power_w": idle if isinstance(idle, float) else None,
+        "power_limit_w": gpu.power_limit_w() if gpu is not None else None,
+    }
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """Bandwidths in bytes per second and product rates in FLOP per second, by name."""
+    import torch
+
+    kind = device.type
+    free = torch.cuda.mem_get_info()[0] if kind == "cuda" else BUFFER_BYTES["cpu"] * 8
+    elements = min(BUFFER_BYTES[kind], free // 8) // 4
+    ceilings = _bandwidths(device, elements)
+    precisions: dict[str, tuple[torch.dtype, bool]] = {
+        "fp32": (torch.float32, False),
+        "fp16": (torch.float16, False),
+        "bf16": (torch.bfloat16, False),
+    }
+    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        precisions["tf32"] = (torch.float32, True)
+    for name, (dtype, tf32) in precisions.items():
+        rate = _product_rate(device, dtype, tf32)
+        if rate is not None:
+            ceilings[product_key(name)] = rate
+    return ceilings
+
+
+def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:
+    import torch
+
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    nbytes = source.nbytes
+    copy = 2 * nbytes / _typical_s(lambda: target.copy_(source), device)
+    del target
+    rows = source.view(-1, 4096)
+    vector = torch.randn(4096, device=device)
+    # the best of several kernels that only read: a ceiling is what the memory gives, not what one kernel takes
+    readers = (source.sum, rows.amax, lambda: torch.mv(rows, vector))
+    read = max(nbytes / _typical_s(reader, device) for reader in readers)
+    return {COPY: copy, READ: max(read, copy)}
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, tf32: bool) -> float | None:
+    import torch
+
+    from tasks.optimizations._precision import set_tf32
+
+    size = GEMM_SIZES[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    set_tf32(tf32)
+    try:
+        return 2 * size**3 / _typical_s(lambda: torch.mm(a, b, out=out), device)
+    except RuntimeError:  # a dtype that this device cannot multiply has no ceiling
+        return None
+    finally:
+        set_tf32(False)
+
+
+def _typical_s(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of one call: events in blocks on CUDA, the host clock on a CPU."""
+    import torch
+
+    least = MINIMUM_S[device.type]
+    call()
+    samples: list[float] = []
+    began = time.perf_counter()
+    if device.type == "cpu":
+        while time.perf_counter() - began < least or len(samples) < 3:
+            started = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - started)
+        return median(samples)
+    torch.cuda.synchronize()
+    while time.perf_counter() - began < least or len(samples) < 5:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # type: ignore[no-untyped-call]
+        for _ in range(4):
+            call()
+        stop.record()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(stop) / 4e3)
+    return median(samples)

@@ -1,0 +1,104 @@
+"""A lower bound of the bytes that a cell needs, from configurations alone: weights and KV cache, no activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tasks.cell import Cell, ModelSpec
+from tasks.models.architectures import ARCHITECTURES
+from tasks.models.identity import config_of
+from tasks.registry import optimizations
+from tasks.stacks import precision_of
+
+_BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0}
+_DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes; None where the configuration is not at hand or of a kind that we do not count."""
+
+    weight_bytes: int | None
+    cache_bytes: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        return (self.weight_bytes or 0) + (self.cache_bytes or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """`blocks` and `rest` are parameters inside the blocks' linear layers and outside them."""
+
+    blocks: int
+    rest: int
+    cache_elements_per_token: int
+    published_bytes: float
+
+
+def lower_bound(cell: Cell) -> Footprint:
+    """Weights in the stack's precision or compression, cache for the whole request; training adds AdamW's state."""
+    shape = _shape(cell.model)
+    if shape is None:
+        return Footprint(weight_bytes=None, cache_bytes=None)
+    known = optimizations()
+    per_weight = _BYTES.get(precision_of(cell) or "", shape.published_bytes)
+    in_blocks = next(
+        (getattr(known[t.name], "bits", 8 * per_weight) / 8 for t in cell.stack.techniques
+         if known[t.name].family == "compression"),
+        per_weight,
+    )  # fmt: skip
+    weights = shape.blocks * in_blocks + shape.rest * per_weight
+    if cell.workload.kind == "train_step":
+        # fp32 weights, gradients and two moments, whatever autocast computes in
+        weights = 16.0 * (shape.blocks + shape.rest)
+    tokens = cell.workload.get("batch_size", 0) * (
+        cell.workload.get("prompt_tokens", cell.workload.get("sequence_length", 0)) + cell.workload.get("new_tokens", 0)
+    )
+    held = cell.workload.kind in ("prefill", "decode") and "no-cache" not in cell.stack.names()
+    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight) if held else 0
+    return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
+
+
+@cache
+def _shape(spec: ModelSpec) -> _Shape | None:
+    try:
+        config = config_of(spec)
+        if config is None or config.get("model_type") not in ("llama", "gpt2"):
+            return None
+        return _gpt2(config) if config["model_type"] == "gpt2" else _llama(spec, config)
+    except (OSError, ValueError, KeyError):
+        # not at hand, or a configuration that leaves its class's defaults unsaid: no bound is better than a wrong one
+        return None
+
+
+def _llama(spec: ModelSpec, config: dict[str, Any]) -> _Shape:
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    keys = head * (config.get("num_key_value_heads") or config["num_attention_heads"])
+    attention = 2 * hidden * head * config["num_attention_heads"] + 2 * hidden * keys
+    blocks = layers * (attention + 3 * hidden * config["intermediate_size"])
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return _Shape(
+        blocks=blocks,
+        rest=embeddings + (2 * layers + 1) * hidden,
+        cache_elements_per_token=2 * layers * keys,
+        published_bytes=_published(spec, config),
+    )
+
+
+def _gpt2(config: dict[str, Any]) -> _Shape:
+    hidden, layers = config.get("n_embd", 768), config.get("n_layer", 12)
+    return _Shape(
+        blocks=layers * 12 * hidden * hidden,
+        rest=(config.get("vocab_size", 50257) + config.get("n_positions", 1024)) * hidden + layers * 13 * hidden,
+        cache_elements_per_token=2 * layers * hidden,
+        published_bytes=_DTYPE_BYTES.get(config.get("dtype", "float32"), 4.0),
+    )
+
+
+def _published(spec: ModelSpec, config: dict[str, Any]) -> float:
+    named = ARCHITECTURES[spec.reference].dtype if spec.reference in ARCHITECTURES else None
+    return _DTYPE_BYTES.get(str(named or config.get("dtype") or config.get("torch_dtype")), 4.0)

@@ -1,0 +1,212 @@
+"""FLOPs of the model and how much of the device's measured ceilings they use (MFU, MBU).
+
+The numerator is counted on the unoptimised reference on the meta device, so it is the same for every stack: counting
+an optimised path would make int8, int4 and fused attention look like less work. Convention: a multiply-add is two
+FLOPs, causal attention counts as full. MFU after PaLM (appendix B), MBU after Databricks: weight and cache bytes that
+one token must read, over time and the measured read bandwidth.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.cell import digest
+from tasks.ceilings import READ, product_key
+from tasks.metric import Column, Metric, Missing, Phase
+from tasks.stacks import precision_of
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+_PUBLISHED = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class Compute(Metric):
+    name = "compute"
+    columns = (
+        Column(name="flops", type="float", doc="model FLOPs of one primary segment: a call, or one token of a batch"),
+        Column(name="mfu", type="float", doc="flops over time and the measured matrix-product ceiling"),
+        Column(name="mbu", type="float", doc="bytes that a token must read, over time and measured read bandwidth"),
+    )
+
+    def __init__(self) -> None:
+        self._read_bytes: float | None = None
+
+    def end(self, phase: Phase, session: Session) -> None:
+        if phase is Phase.THROUGHPUT and session.job.cell.workload.kind == "decode":
+            self._read_bytes = bytes_read_per_token(session)
+
+    def collect(self, session: Session) -> dict[str, Any]:
+        flops = _flops(session)
+        seconds = seconds_per_segment(session)
+        return {"flops": flops, "mfu": _mfu(session, flops, seconds), "mbu": self._mbu(session, seconds)}
+
+    def _mbu(self, session: Session, seconds: float | None) -> float | Missing:
+        ceiling = session.job.ceilings.get(READ)
+        if session.job.cell.workload.kind != "decode":
+            return Missing(reason="not bandwidth-bound by construction: decode only")
+        if seconds is None or self._read_bytes is None:
+            return Missing(reason="the throughput pass was not reached")
+        if ceiling is None:
+            return Missing(reason="the read bandwidth of this device was not measured")
+        return self._read_bytes / seconds / ceiling
+
+
+def seconds_per_segment(session: Session) -> float | None:
+    """Seconds of one primary segment in the throughput pass."""
+    timings, step = session.timings, session.step
+    if timings is None or step is None or timings.throughput.seconds <= 0:
+        return None
+    point = session.job.cell.workload
+    segments = point["new_tokens"] - 1 if point.kind == "decode" else 1
+    return timings.throughput.seconds / (timings.throughput.calls * segments)
+
+
+def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> float | Missing:
+    if isinstance(flops, Missing):
+        return Missing(reason=f"no FLOPs: {flops.reason}")
+    if seconds is None:
+        return Missing(reason="the throughput pass was not reached")
+    precision = precision_of(session.job.cell) or _PUBLISHED.get(_dtype(session), "fp32")
+    ceiling = session.job.ceilings.get(product_key(precision))
+    if ceiling is None:
+        return Missing(reason=f"the {precision} matrix product of this device was not measured")
+    return flops / seconds / ceiling
+
+
+def _dtype(session: Session) -> str:
+    if session.model is None:
+        return session.load_options.dtype or "float32"
+    floating = (p.dtype for p in session.model.parameters() if p.is_floating_point())
+    return str(next(floating, "torch.float32")).removeprefix("torch.")
+
+
+def bytes_read_per_token(session: Session) -> float:
+    """Stored weights, an untied embedding only by its rows, and the cache at its mean length over a request."""
+    import torch
+
+    from tasks.metrics.parameters import stored_bytes
+
+    total = float(stored_bytes(session.model))
+    embedding, head = session.model.get_input_embeddings(), session.model.get_output_embeddings()
+    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    if isinstance(embedding, torch.nn.Embedding) and not tied:
+        total -= embedding.weight.nbytes
+    point = session.job.cell.workload
+    cache = session.step.cache_bytes()  # type: ignore[union-attr]
+    longest = point["prompt_tokens"] + point["new_tokens"]
+    return total + cache * (point["prompt_tokens"] + point["new_tokens"] / 2) / longest
+
+
+def _flops(session: Session) -> float | Missing:
+    """Count, or read what an earlier round of this model and workload point has counted on this node."""
+    cell, loaded = session.job.cell, session.loaded
+    if session.workload.needs_model and loaded is None:
+        return Missing(reason="not loaded")
+    if cell.model.source == "factory":
+        return Missing(reason="a factory's module has no reference to count on the meta device")
+    key = digest({"model": cell.model.identity(), "workload": str(cell.workload), "convention": 1})
+    kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
+    if session.job.artifact_dir and kept.exists():
+        return float(json.loads(kept.read_text()))
+    flops = count_flops(session)
+    if session.job.artifact_dir and not isinstance(flops, Missing):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{session.job.run_id}.partial")
+        partial.write_text(json.dumps(flops))
+        partial.rename(kept)
+    return flops
+
+
+def count_flops(session: Session) -> float | Missing:
+    """FLOPs of one primary segment of the reference, on the meta device."""
+    point = session.job.cell.workload
+    if point.kind == "attention":
+        return 4.0 * point["batch_size"] * point["heads"] * point["sequence_length"] ** 2 * point["head_size"]
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tasks.models.load import auto_class
+
+    assert session.loaded is not None
+    with torch.device("meta"):
+        # sdpa on meta takes the path that the counter knows; the CPU's fused kernel would count as nothing
+        model = auto_class(session.loaded.config).from_config(
+            session.loaded.config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        counter = FlopCounterMode(display=False)
+        if point.kind == "decode":
+            middle = point["prompt_tokens"] + point["new_tokens"] // 2
+            # no cache on meta: the work of one token is the last row of a sequence, counted as a difference
+            longer, shorter = (
+                _language_flops(model, point["batch_size"], length, logits=0) for length in (middle, middle - 1)
+            )
+            head = 2.0 * point["batch_size"] * session.loaded.config.get_text_config().vocab_size * _width(model)
+            return _attention_row(model, longer, shorter, point["batch_size"], middle) + head
+        if point.kind == "forward":
+            size = point["image_size"]
+            with counter:
+                model(torch.empty(point["batch_size"], 3, size, size))
+            return float(counter.get_total_flops())
+        if point.kind == "prefill":
+            return _language_flops(model, point["batch_size"], point["sequence_length"], logits=1)
+        if point.kind == "train_step":
+            with counter:
+                _loss(model, point).backward()
+            return float(counter.get_total_flops())
+    return Missing(reason=f"nobody has said how to count {point.kind}")
+
+
+def _width(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+def _language_flops(model: Any, batch: int, length: int, logits: int) -> float:
+    """FLOPs of a forward pass; with `logits` 0 without the head."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    inputs = _token_inputs(batch, length)
+    with counter, torch.no_grad():
+        if logits:
+            model(**inputs, logits_to_keep=logits)
+        else:
+            model.base_model(**inputs)
+    return float(counter.get_total_flops())
+
+
+def _token_inputs(batch: int, length: int) -> dict[str, Any]:
+    """Inputs without data; the ready mask keeps transformers from looking into the tokens for packed sequences."""
+    import torch
+
+    return {
+        "input_ids": torch.zeros(batch, length, dtype=torch.long, device="meta"),
+        "attention_mask": torch.ones(batch, 1, length, length, dtype=torch.bool, device="meta"),
+        "use_cache": False,
+    }
+
+
+def _attention_row(model: Any, longer: float, shorter: float, batch: int, length: int) -> float:
+    """One token's share of a full pass over `length`: its linear layers, and attention over `length` keys.
+
+    Full attention costs c n^2 and the rest d n, so two neighbouring lengths give both: longer - shorter = d +
+    c (2 n - 1) and longer = c n^2 + d n; one token needs d + c n.
+    """
+    n = float(length)
+    quadratic = (longer - n * (longer - shorter)) / (n**2 - n * (2 * n - 1))
+    linear = (longer - quadratic * n**2) / n
+    return linear + quadratic * n
+
+
+def _loss(model: Any, point: Any) -> Any:
+    import torch
+
+    batch = point["batch_size"]
+    if hasattr(model.config, "num_channels"):
+        logits = model(torch.empty(batch, 3, point["image_size"], point["image_size"])).logits
+        return torch.nn.functional.cross_entropy(logits, torch.zeros(batch, dtype=torch.long))
+    inputs = _token_inputs(batch, point["sequence_length"])
+    return model(**inputs, labels=inputs["input_ids"]).loss

@@ -1,0 +1,133 @@
+"""Memory: what PyTorch allocated and reserved on the device, what the process holds, and the peaks of three phases.
+
+Peaks are reset before loading, before warm-up and before measuring, so that a compiler's or a load's peak does not
+hide the steady one. On a CPU the high-water mark of the resident set is reset through /proc/self/clear_refs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.metric import Column, Metric, Missing, Phase
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+_DEVICE_COLUMNS = {
+    "allocated_bytes": "allocated by tensors after measuring",
+    "peak_allocated_bytes": "greatest allocated while measuring",
+    "peak_allocated_bytes_load": "greatest allocated while loading",
+    "peak_allocated_bytes_warmup": "greatest allocated in first call and warm-up, compilation included",
+    "peak_requested_bytes": "greatest requested by the program while measuring, before rounding",
+    "reserved_bytes": "held by the caching allocator after measuring",
+    "peak_reserved_bytes": "greatest reserved while measuring",
+    "graph_pool_bytes": "reserved by private pools of CUDA graphs",
+    "allocation_retries": "allocations that first had to free the cache, since the start",
+    "peak_process_bytes": "NVML's figure for this process after measuring: context and libraries included",
+    "non_torch_bytes": "of peak_process_bytes, what PyTorch's allocator does not know",
+}
+_ALL = {**_DEVICE_COLUMNS, "peak_host_bytes": "greatest resident set of the process while measuring"}
+
+
+class Memory(Metric):
+    name = "memory"
+    columns = (
+        *(Column(name=name, type="int", doc=doc) for name, doc in _ALL.items()),
+        Column(name="fragmentation", type="float", doc="1 - allocated/reserved, at the peaks while measuring"),
+        Column(name="kv_cache_bytes", type="int", doc="keys and values after a whole request"),
+    )
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] = {}
+
+    def begin(self, phase: Phase, session: Session) -> None:
+        if phase in (Phase.LOAD, Phase.FIRST_CALL, Phase.LATENCY):
+            self._reset(session)
+
+    def end(self, phase: Phase, session: Session) -> None:
+        if session.on_cuda and phase is Phase.LOAD:
+            self._found["peak_allocated_bytes_load"] = _statistics()["allocated_bytes.all.peak"]
+        if session.on_cuda and phase is Phase.WARMUP:
+            self._found["peak_allocated_bytes_warmup"] = _statistics()["allocated_bytes.all.peak"]
+        if phase is Phase.THROUGHPUT:
+            self._steady(session)
+
+    def _reset(self, session: Session) -> None:
+        import torch
+
+        if session.on_cuda:
+            torch.cuda.synchronize()
+            if session.step is None or session.settings.compile is None:
+                # with CUDA graphs alive the cache holds their pools, which must stay
+                torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        clear = Path("/proc/self/clear_refs")
+        try:
+            clear.write_text("5")
+            self._found.pop("peak_host_bytes", None)
+        except OSError:
+            self._found["peak_host_bytes"] = Missing(reason="/proc/self/clear_refs cannot be written")
+
+    def _steady(self, session: Session) -> None:
+        self._found.setdefault("peak_host_bytes", _status_bytes("VmHWM"))
+        if session.on_cuda:
+            self._found |= _cuda_figures(session)
+        cache_bytes = getattr(session.step, "cache_bytes", None)
+        if cache_bytes is not None:
+            self._found["kv_cache_bytes"] = cache_bytes()
+
+    def collect(self, session: Session) -> dict[str, Any]:
+        if session.on_cuda and "peak_allocated_bytes" not in self._found and session.loaded is not None:
+            # after an out-of-memory end: how far it came is worth knowing
+            self._found |= {key: value for key, value in _cuda_figures(session).items() if key.startswith("peak_a")}
+        reason = "the measuring passes were not reached" if session.on_cuda else "no accelerator: see peak_host_bytes"
+        if session.device.type == "cpu":
+            self._found.setdefault("peak_host_bytes", Missing(reason="the measuring passes were not reached"))
+        missing = {column.name: Missing(reason=reason) for column in self.columns}
+        missing["kv_cache_bytes"] = Missing(reason="no KV cache in this workload")
+        return {**missing, **self._found}
+
+
+def _statistics() -> dict[str, int]:
+    import torch
+
+    return dict(torch.cuda.memory_stats())
+
+
+def _cuda_figures(session: Session) -> dict[str, Any]:
+    stats = _statistics()
+    allocated, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+    pools = [key for key in stats if key.startswith("reserved_bytes.private") and key.endswith("current")]
+    process = session.gpu.process_memory_bytes(os.getpid())
+    hidden = Missing(reason="pid_not_visible")
+    if stats["num_alloc_retries"]:
+        session.row.flag("allocation_retries")
+    return {
+        "allocated_bytes": stats["allocated_bytes.all.current"],
+        "peak_allocated_bytes": allocated,
+        "peak_requested_bytes": stats["requested_bytes.all.peak"],
+        "reserved_bytes": stats["reserved_bytes.all.current"],
+        "peak_reserved_bytes": reserved,
+        "graph_pool_bytes": _graph_pool_bytes() if not pools else sum(stats[key] for key in pools),
+        "allocation_retries": stats["num_alloc_retries"],
+        "fragmentation": 1 - allocated / reserved if reserved else Missing(reason="nothing reserved"),
+        "peak_process_bytes": hidden if process is None else process,
+        "non_torch_bytes": hidden if process is None else process - stats["reserved_bytes.all.current"],
+    }
+
+
+def _graph_pool_bytes() -> int:
+    """Bytes of segments that belong to private pools, from the allocator's own snapshot."""
+    import torch
+
+    segments = torch.cuda.memory_snapshot()
+    return sum(int(s["total_size"]) for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")

@@ -1,0 +1,78 @@
+"""Parameters, and the bytes in which the model is really stored: packed weights, scales and buffers included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tasks.metric import Column, Metric, Missing, Phase
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+
+class Parameters(Metric):
+    name = "parameters"
+    columns = (
+        Column(name="parameters_total", type="int", doc="parameters of the model, packed weights counted one by one"),
+        Column(name="parameters_trainable", type="int", doc="parameters that training changes; 0 in inference"),
+        Column(name="model_bytes", type="int", doc="storage of parameters and buffers as loaded, each once"),
+    )
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] = {}
+
+    def end(self, phase: Phase, session: Session) -> None:
+        if phase is Phase.WARMUP and session.model is not None:
+            total, trainable = count_parameters(session.model)
+            self._found = {
+                "parameters_total": total,
+                "parameters_trainable": trainable if session.workload.training else 0,
+                "model_bytes": stored_bytes(session.model),
+            }
+
+    def collect(self, session: Session) -> dict[str, Any]:
+        reason = "not loaded" if session.workload.needs_model else "kernel: no model"
+        return self._found or {column.name: Missing(reason=reason) for column in self.columns}
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Total and trainable parameters. A packed 4-bit weight counts the weights it stands for."""
+    packed = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear4bit"}
+    total = trainable = 0
+    for parameter in model.parameters():
+        module = packed.get(id(parameter))
+        count = parameter.numel() if module is None else module.in_features * module.out_features
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of all storages reachable from parameters, buffers and quantization states, shared ones once."""
+    import torch
+
+    seen: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            inner = getattr(value, "__tensor_flatten__", None)
+            if inner is not None:
+                for name in inner()[0]:
+                    visit(getattr(value, name))
+                return
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            visit(getattr(value, "quant_state", None))  # bitsandbytes 4-bit: scales and their own state
+            for name in ("SCB", "CB"):  # bitsandbytes 8-bit: row scales; CB is the weight itself or None
+                visit(getattr(value, name, None))
+        elif type(value).__name__ == "QuantState":
+            for item in vars(value).values():
+                visit(item)
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        visit(tensor)
+    for module in model.modules():
+        state = getattr(module, "state", None)
+        visit(getattr(state, "SCB", None))
+        visit(getattr(state, "CB", None))
+    return sum(seen.values())

@@ -1,0 +1,40 @@
+"""Throughput: units over the seconds of the chunks that did them, synchronised only around chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tasks.metric import Column, Metric, Missing
+from tasks.statistics import mean
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+# Beyond this the passes do not describe the same thing (measurement protocol, section Passes).
+AGREEMENT = 0.02
+
+
+class Throughput(Metric):
+    name = "throughput"
+    columns = (
+        Column(name="throughput_per_s", type="float", doc="units per second; for decode after the first token"),
+        Column(name="throughput_unit", type="string", doc="token, image, sample or step"),
+    )
+
+    def collect(self, session: Session) -> dict[str, Any]:
+        timings, step = session.timings, session.step
+        rate = timings.throughput.per_s if timings else None
+        if timings is None or step is None or rate is None:
+            return {column.name: Missing(reason="the throughput pass was not reached") for column in self.columns}
+        self._compare(session, rate)
+        return {"throughput_per_s": rate, "throughput_unit": step.unit}
+
+    def _compare(self, session: Session, rate: float) -> None:
+        """The latency pass adds a synchronisation per segment, so it may be slower, never faster."""
+        assert session.timings is not None and session.step is not None
+        values = session.timings.values("latency", session.step.primary)
+        per_call = len(values) / max(len(session.timings.values("latency", "first_token")), 1)
+        calls = 1.0 if per_call == len(values) else per_call
+        synchronised = session.step.units_per_call / (mean(values) / 1e3 * calls)
+        if synchronised > rate * (1 + AGREEMENT):
+            session.row.flag("passes_disagree")

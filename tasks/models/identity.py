@@ -1,0 +1,91 @@
+"""What a checkpoint is, without loading it: its hash, its configuration, and whether it may be loaded at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tasks.cell import ModelSpec, digest
+from tasks.models.architectures import ARCHITECTURES
+
+POCKET = Path(__file__).parent / "pocket"
+
+
+class ModelError(ValueError):
+    """A model that cannot or must not be loaded; the message says what to do."""
+
+
+def checkpoint_folder(spec: ModelSpec) -> Path | None:
+    """Folder of a local checkpoint, or None for models that have none."""
+    if spec.source == "pocket":
+        return POCKET
+    return Path(spec.reference) if spec.source == "path" else None
+
+
+def checkpoint_hash(spec: ModelSpec) -> str:
+    """Hash of what the weights are: file contents for checkpoints, the configuration for random weights.
+
+    Hub models are identified by name and revision, factories by name and, where the file is found, its text.
+    """
+    folder = checkpoint_folder(spec)
+    if folder is not None:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+        return digest([[path.name, _file_hash(path, path.stat().st_mtime_ns)] for path in files])
+    if spec.source == "random":
+        return digest(random_config(spec.reference))
+    return digest(spec.identity())
+
+
+@cache
+def _file_hash(path: Path, _modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def random_config(reference: str) -> dict[str, Any]:
+    """The configuration of `random:NAME` or `random:path/to/config.json`, with `model_type` and `dtype`."""
+    if reference in ARCHITECTURES:
+        architecture = ARCHITECTURES[reference]
+        return {"model_type": architecture.model_type, "dtype": architecture.dtype, **architecture.config}
+    path = Path(reference)
+    if not path.is_file():
+        raise ModelError(f"random:{reference} is neither a named architecture ({', '.join(ARCHITECTURES)}) nor a file")
+    config: dict[str, Any] = json.loads(path.read_text())
+    if "model_type" not in config:
+        raise ModelError(f"{path}: a configuration needs the key model_type")
+    return config
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any] | None:
+    """The configuration without torch: None for hub models and factories, which are not at hand."""
+    folder = checkpoint_folder(spec)
+    if folder is not None:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return config
+    return random_config(spec.reference) if spec.source == "random" else None
+
+
+def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
+    """Raise `ModelError` for a checkpoint that is not plain safetensors inside its own folder."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint")
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern)]
+        found = f"found only {', '.join(sorted(pickles))}, which can run code when loaded" if pickles else "none found"
+        raise ModelError(f"{folder}: only safetensors weights are loaded, {found}; convert with save_pretrained")
+    root = folder.resolve()
+    for path in [*weights, *folder.glob("*.json")]:
+        # the hub's cache is made of links into its own blobs folder, two levels up
+        if not path.resolve().is_relative_to(root) and root.parent.name != "snapshots":
+            raise ModelError(f"{path} points outside {folder}: refused")
+    for index in folder.glob("*.index.json"):
+        for name in set(json.loads(index.read_text()).get("weight_map", {}).values()):
+            if Path(name).name != name:
+                raise ModelError(f"{index}: weight file {name!r} is not inside {folder}: refused")
+    config = json.loads((folder / "config.json").read_text())
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(f"{folder}: the checkpoint brings its own code; set trust_remote_code: true for it if you do")

@@ -1,0 +1,176 @@
+"""Loading: any `ModelSpec` becomes a model on the device in its dtype, without a detour through fp32 host memory."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.cell import ModelSpec
+from tasks.models.identity import POCKET, ModelError, checkpoint_folder, random_config, refuse_unsafe
+from tasks.optimization import LoadOptions
+
+if TYPE_CHECKING:
+    import torch
+
+# Makes the replacement of one linear layer: (name, in_features, out_features, bias, dtype, device) -> module
+LinearFactory = Callable[[str, int, int, bool, "torch.dtype", "torch.device"], "torch.nn.Module | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """`weights` is trained or random. `make_inputs(batch_size, count)` and `loss` come with factories only."""
+
+    model: Any
+    weights: str
+    config: Any = None
+    tokenizer: Any = None
+    make_inputs: Callable[..., Any] | None = None
+    loss: Callable[..., Any] | None = None
+
+
+def load(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:
+    """Load `spec` on `device` in inference mode; raises `ModelError` with what to do."""
+    if spec.source == "random":
+        return _random(spec, options, device)
+    if spec.source == "factory":
+        return _factory(spec, options, device, search_path)
+    return _pretrained(spec, options, device)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers auto class that builds this configuration for its usual task."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+    if type(config) in AutoModelForImageClassification._model_mapping:
+        return AutoModelForImageClassification
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    raise ModelError(f"model type {config.model_type!r} is neither a causal language model nor an image classifier")
+
+
+def hf_config(data: dict[str, Any]) -> Any:
+    """The transformers configuration object of a plain dict with `model_type`."""
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in data.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    return AutoConfig.for_model(data["model_type"], **rest)
+
+
+def _random(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
+    data = random_config(spec.reference)
+    config = hf_config(data)
+    dtype = torch_dtype(options.dtype or data.get("dtype") or data.get("torch_dtype") or "float32")
+    model = build_random(config, dtype, device, options.attention, options.keyword_arguments.get("linear_factory"))
+    return LoadedModel(model=model, weights="random", config=config)
+
+
+def build_random(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    linear_factory: LinearFactory | None = None,
+    seed: int = 0,
+) -> Any:
+    """A model with seeded random weights, made on `device` in `dtype`.
+
+    With a `linear_factory` the linear layers inside the blocks are made by it one at a time, so that the
+    full-precision model never exists.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    keywords = {"attn_implementation": attention} if attention else {}
+    if linear_factory is None:
+        with torch.device(device):
+            return auto_class(config).from_config(config, dtype=dtype, **keywords).eval()
+    with _linears_on_meta(), torch.device(device):
+        model = auto_class(config).from_config(config, dtype=dtype, **keywords)
+    spread = getattr(config, "initializer_range", 0.02)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
+            made = linear_factory(name, module.in_features, module.out_features, module.bias is not None, dtype, device)
+            if made is None:
+                made = torch.nn.Linear(
+                    module.in_features, module.out_features, bias=module.bias is not None, device=device, dtype=dtype
+                )
+                torch.nn.init.normal_(made.weight, std=spread)
+            model.set_submodule(name, made)
+    model.tie_weights()
+    return model.eval()
+
+
+class _linears_on_meta:
+    """While active, `nn.Linear` takes no memory."""
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._init = original = torch.nn.Linear.__init__
+
+        def on_meta(module: Any, *args: Any, **keywords: Any) -> None:
+            original(module, *args, **{**keywords, "device": "meta"})
+
+        torch.nn.Linear.__init__ = on_meta  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        torch.nn.Linear.__init__ = self._init  # type: ignore[method-assign]
+
+
+def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = checkpoint_folder(spec)
+    if folder is not None:
+        refuse_unsafe(folder, spec.trust_remote_code)
+    where = str(folder or spec.reference)
+    common = {"trust_remote_code": spec.trust_remote_code, "local_files_only": folder is not None}
+    if spec.revision is not None:
+        common["revision"] = spec.revision
+    config = AutoConfig.from_pretrained(where, **common)
+    keywords: dict[str, Any] = {**common, **options.keyword_arguments, "use_safetensors": True}
+    keywords["dtype"] = torch_dtype(options.dtype) if options.dtype else "auto"
+    keywords["device_map"] = {"": str(device)}
+    if options.attention:
+        keywords["attn_implementation"] = options.attention
+    if options.quantization is not None:
+        keywords["quantization_config"] = options.quantization
+    keywords.pop("linear_factory", None)
+    model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+    except (OSError, ValueError):
+        tokenizer = None  # vision models and bare checkpoints have none
+    return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer)
+
+
+def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:
+    module_name, _, function_name = spec.reference.partition(":")
+    sys.path.extend(folder for folder in search_path if folder not in sys.path)
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"factory {spec.reference!r} cannot be found in {', '.join(search_path)}: {error}") from error
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise ModelError(f"factory {spec.reference!r} must return (model, make_inputs) or (model, make_inputs, loss)")
+    model, make_inputs, loss = (*made, None)[:3]
+    model = model.to(device=device)
+    if options.dtype:
+        model = model.to(dtype=torch_dtype(options.dtype))
+    return LoadedModel(model=model.eval(), weights="trained", make_inputs=make_inputs, loss=loss)
+
+
+__all__ = ["POCKET", "LinearFactory", "LoadedModel", "auto_class", "build_random", "hf_config", "load", "torch_dtype"]

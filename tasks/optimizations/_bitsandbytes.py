@@ -1,0 +1,71 @@
+"""What the bitsandbytes techniques share: quantized loading of checkpoints and of random weights, and its proof."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tasks.optimization import Evidence, LoadOptions, Needs, Optimization
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.cell import Technique
+    from tasks.session import Session
+
+
+class BitsAndBytes(Optimization):
+    """`layer` is the class that must have replaced the linear layers inside the blocks; the head stays as it is."""
+
+    family = "compression"
+    needs = Needs(packages=("bitsandbytes", "accelerate"), model_kinds=("language",), workloads=("prefill", "decode"))
+    layer: ClassVar[str]
+    storage: ClassVar[tuple[str, ...]]
+    bits: ClassVar[float]
+
+    def config(self, dtype: str | None) -> dict[str, Any]:
+        """Keyword arguments of transformers' `BitsAndBytesConfig`; `dtype` is what the stack computes in."""
+        raise NotImplementedError
+
+    def quantized(self, linear: torch.nn.Linear, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+        """The quantized layer of one linear layer with random weights."""
+        raise NotImplementedError
+
+    def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
+        # one warning per product, thousands of lines
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        if session.job.cell.model.source == "random":
+            options.keyword_arguments["linear_factory"] = self._random_linear
+            return
+        from transformers import BitsAndBytesConfig
+
+        options.quantization = BitsAndBytesConfig(**self.config(options.dtype))
+
+    def _random_linear(
+        self, name: str, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> torch.nn.Module | None:
+        import torch
+
+        if "lm_head" in name:
+            return None
+        linear = torch.nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+        torch.nn.init.normal_(linear.weight, std=0.02)
+        return self.quantized(linear, dtype, device)
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        kinds: Counter[str] = Counter()
+        stored: Counter[str] = Counter()
+        elements = stored_bytes = 0
+        for name, module in session.model.named_modules():
+            if module.__class__.__module__.startswith("torch.nn") and hasattr(module, "in_features"):
+                kinds["Linear" if "lm_head" not in name else "head"] += 1
+            elif type(module).__name__ == self.layer:
+                kinds[self.layer] += 1
+                stored[str(module.weight.dtype).removeprefix("torch.")] += 1
+                elements += module.in_features * module.out_features
+                stored_bytes += module.weight.untyped_storage().nbytes()
+        bits = 8 * stored_bytes / elements if elements else None
+        ok = kinds[self.layer] > 0 and kinds["Linear"] == 0 and set(stored) <= set(self.storage)
+        ok = ok and bits is not None and bits <= self.bits
+        return Evidence(ok=ok, facts={"layers": dict(kinds), "storage": dict(stored), "bits_per_weight": bits})

@@ -1,0 +1,100 @@
+"""The state of one measuring process: what was loaded, how it was changed, and what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tasks.gpu import Gpu, NoGpu
+from tasks.job import PROFILES, CellJob, Profile
+from tasks.optimization import LoadOptions, Optimization
+from tasks.registry import optimizations, workloads
+from tasks.row import Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.cell import Technique
+    from tasks.energy import EnergyReading
+    from tasks.metric import Missing
+    from tasks.models.load import LoadedModel
+    from tasks.timing import Timings
+    from tasks.workload import Step, Workload
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What techniques may set, and workloads read. `compile` holds keyword arguments of `torch.compile`."""
+
+    compile: dict[str, Any] | None = None
+    cache: str = "dynamic"  # none, dynamic, static
+    autocast: str | None = None  # torch dtype name: training runs under autocast in it
+    loss_scaling: bool = False
+    attention: str | None = None  # for kernel workloads: which implementation
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Everything that techniques, workloads and metrics share while a cell is measured."""
+
+    job: CellJob
+    device: torch.device
+    row: Row
+    gpu: Gpu = field(default_factory=NoGpu)
+    settings: Settings = field(default_factory=Settings)
+    load_options: LoadOptions = field(default_factory=LoadOptions)
+    loaded: LoadedModel | None = None
+    step: Step | None = None
+    timings: Timings | None = None
+    # drives the throughput pass: given a chunk of work that returns its units, runs it over an energy window
+    meter: Callable[[Callable[[], float]], EnergyReading | Missing] | None = None
+
+    @property
+    def model(self) -> Any:
+        """The live model; None for kernels."""
+        return self.loaded.model if self.loaded else None
+
+    @property
+    def profile(self) -> Profile:
+        return PROFILES[self.job.profile]
+
+    @property
+    def workload(self) -> Workload:
+        return workloads()[self.job.cell.workload.kind]
+
+    @property
+    def techniques(self) -> list[tuple[Optimization, Technique]]:
+        """The stack, in the order in which it is applied."""
+        known = optimizations()
+        return [(known[technique.name], technique) for technique in self.job.cell.stack.techniques]
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        if self.on_cuda:
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as the stack wants it: compiled if a technique asked for that, else as it is."""
+        if self.settings.compile is None:
+            return function
+        import torch
+
+        return torch.compile(function, **self.settings.compile)
+
+    def contexts(self) -> ExitStack:
+        """All techniques' contexts, entered; inference mode too unless the workload trains."""
+        stack = ExitStack()
+        if not self.workload.training:
+            import torch
+
+            stack.enter_context(torch.inference_mode())
+        for technique, chosen in self.techniques:
+            stack.enter_context(technique.context(chosen, self))
+        return stack

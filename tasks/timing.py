@@ -1,0 +1,269 @@
+"""Warm-up and the three passes: host latency, device time, throughput. They never share a call.
+
+Latency synchronises after every segment and reads the clock, so it holds launch and synchronisation; device time is
+the distance between events on the stream; throughput synchronises only around chunks. A call shorter than a
+millisecond is timed in blocks of equal calls, since the clock and the events resolve about half a microsecond and
+single launches of short kernels scatter by more than themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tasks.compilation import Compilation, compilation
+from tasks.job import SampleSeries
+from tasks.statistics import batch_median_halfwidth, median, steady
+from tasks.workload import END, SETUP
+
+if TYPE_CHECKING:
+    from tasks.energy import EnergyReading
+    from tasks.metric import Missing
+    from tasks.session import Session
+
+BLOCK_BELOW_S = 1e-3  # calls shorter than this are timed in blocks
+BLOCK_TARGET_S = 2e-3
+MAX_SAMPLES = 20_000
+MIN_SAMPLES = 10
+CHUNK_S = 0.05
+STEADY_TOLERANCE = 0.02
+
+
+@dataclass(kw_only=True)
+class Throughput:
+    """Units done in the primary segments, and the seconds that these took, over whole chunks."""
+
+    units: float = 0.0
+    seconds: float = 0.0
+    calls: int = 0
+
+    @property
+    def per_s(self) -> float | None:
+        return self.units / self.seconds if self.seconds > 0 else None
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """What the passes observed. Series are milliseconds per call (or per call of a block)."""
+
+    block: int = 1
+    series: dict[tuple[str, str], SampleSeries] = field(default_factory=dict)
+    warmup_calls: int = 0
+    steady: bool = False
+    stop_reason: str = "budget"
+    halfwidth: float | None = None
+    throughput: Throughput = field(default_factory=Throughput)
+    energy: EnergyReading | Missing | None = None
+    before: Compilation = field(default_factory=Compilation)  # at the end of warm-up
+    after: Compilation = field(default_factory=Compilation)  # at the end of the last pass
+
+    def values(self, measured_in: str, label: str) -> list[float]:
+        """Milliseconds of one label in one pass; empty if there is none."""
+        series = self.series.get((measured_in, label))
+        return series.values_ms if series else []
+
+
+class Passes:
+    """Runs a session's step in each of the passes and keeps what it saw in `session.timings`."""
+
+    def __init__(self, session: Session) -> None:
+        assert session.step is not None
+        self.session, self.step = session, session.step
+        self.timings = session.timings = Timings()
+        self._index = 0
+        self._single = False  # the call is one segment, so that calls can be joined to blocks
+        self._seconds_per_call = 0.0
+        self._chunk_calls = 1
+
+    def first_call(self) -> None:
+        """One whole call, synchronised."""
+        labels: list[str] = []
+        self.step.run(self._next(), labels.append)
+        self.session.synchronize()
+        self._single = labels == [self.step.primary]
+
+    def warm_up(self) -> None:
+        """Call until two successive windows agree, nothing compiles any more and the least time has passed."""
+        profile, began = self.session.profile, time.perf_counter()
+        window_s = max(profile.warmup_min_s / 3, 0.15)
+        values: list[float] = []
+        ended: list[float] = []
+        graphs, changed_at = compilation().graphs, 0.0
+        while True:
+            call = self._host_call()
+            now = time.perf_counter() - began
+            values += call[self.step.primary]
+            ended += [now] * len(call[self.step.primary])
+            self.timings.warmup_calls += 1
+            if compilation().graphs != graphs:
+                graphs, changed_at = compilation().graphs, now
+            last = [value for value, at in zip(values, ended, strict=True) if at > now - window_s]
+            previous = [v for v, at in zip(values, ended, strict=True) if now - 2 * window_s < at <= now - window_s]
+            settled = now >= profile.warmup_min_s and now - changed_at >= min(2 * window_s, 1.0)
+            long_call = self.timings.warmup_calls >= 3 and now / self.timings.warmup_calls > window_s
+            if long_call:
+                previous, last = values[-2:-1], values[-1:]
+            if settled and previous and last and steady(previous, last, STEADY_TOLERANCE):
+                self.timings.steady = True
+                break
+            if now >= profile.warmup_max_s and self.timings.warmup_calls >= 3:
+                break
+        self._keep("warmup", {self.step.primary: (values, ended)})
+        self._choose_block(values[-50:])
+        self.timings.before = compilation()
+
+    def latency(self) -> None:
+        """Host time of every segment, synchronised, until the median's interval is narrow enough or time is up."""
+        profile, began = self.session.profile, time.perf_counter()
+        kept: dict[str, tuple[list[float], list[float]]] = {}
+        primary: list[float] = []
+        check_at, calls = MIN_SAMPLES, 0
+        while True:
+            calls += 1
+            for label, values in self._host_call().items():
+                kept.setdefault(label, ([], []))
+                kept[label][0].extend(values)
+                kept[label][1].extend([time.perf_counter() - began] * len(values))
+            primary, now = kept[self.step.primary][0], time.perf_counter() - began
+            if len(primary) >= check_at and now >= profile.latency_s:
+                self.timings.halfwidth = batch_median_halfwidth(primary)
+                check_at = len(primary) + max(25, len(primary) // 10)
+                if self.timings.halfwidth is not None and self.timings.halfwidth <= profile.precision:
+                    self.timings.stop_reason = "converged"
+                    break
+            if now >= profile.latency_max_s or len(primary) >= MAX_SAMPLES:
+                break
+        if self.timings.halfwidth is None:
+            self.timings.halfwidth = batch_median_halfwidth(primary)
+        self._seconds_per_call = (time.perf_counter() - began) / (calls * self.timings.block)
+        self._keep("latency", kept)
+
+    def device(self) -> None:
+        """Time between events recorded on the stream after every segment; CUDA only, no host synchronisation."""
+        import torch
+
+        began, block = time.perf_counter(), self.timings.block
+        rounds: list[list[tuple[str, Any]]] = []
+        pool = [torch.cuda.Event(enable_timing=True) for _ in range(2048)]
+        used = 0
+        self.session.synchronize()
+        while time.perf_counter() - began < self.session.profile.device_s or not rounds:
+            events: list[tuple[str, Any]] = []
+
+            def mark(label: str, events: list[tuple[str, Any]] = events) -> None:
+                nonlocal used
+                event = pool[used] if used < len(pool) else torch.cuda.Event(enable_timing=True)
+                used += 1
+                event.record()  # type: ignore[no-untyped-call]
+                events.append((label, event))
+
+            mark("start")
+            for number in range(block):
+                self.step.run(self._next(), mark if number == block - 1 else _ignore)
+            rounds.append(events)
+            if used >= len(pool) or sum(len(item) for item in rounds) > MAX_SAMPLES:
+                break
+            if len(rounds) % 16 == 0:
+                # the queue may not grow without bound, and the loop above must see true time
+                self.session.synchronize()
+        self.session.synchronize()
+        kept: dict[str, tuple[list[float], list[float]]] = {}
+        for events in rounds:
+            for (_, before), (label, after) in itertools.pairwise(events):
+                kept.setdefault(label, ([], []))[0].append(before.elapsed_time(after) / block)
+                kept[label][1].append(0.0)
+        self._keep("device", kept)
+
+    def throughput(self) -> None:
+        """Chunks of whole calls with one synchronisation each; the energy meter, if any, decides when it is enough."""
+        profile = self.session.profile
+        self._chunk_calls = max(1, round(CHUNK_S / max(self._seconds_per_call, 1e-6)))
+        if self.session.meter is not None:
+            self.timings.energy = self.session.meter(self._chunk)
+        began = time.perf_counter()
+        while self.timings.throughput.seconds == 0 or (
+            time.perf_counter() - began < profile.throughput_s
+            and self.timings.throughput.seconds < profile.throughput_s
+        ):
+            self._chunk()
+        self.timings.after = compilation()
+
+    def _chunk(self) -> float:
+        """One chunk; returns the units that it did (all segments of all its calls)."""
+        step, result = self.step, self.timings.throughput
+        boundaries = step.boundaries
+        seconds = 0.0
+        self.session.synchronize()
+        opened = time.perf_counter()
+
+        def mark(label: str) -> None:
+            nonlocal opened, seconds
+            if label in boundaries:
+                self.session.synchronize()
+                now = time.perf_counter()
+                seconds += now - opened if boundaries[label] else 0.0
+                opened = now
+
+        for _ in range(self._chunk_calls):
+            step.run(self._next(), mark)
+        if not boundaries:
+            self.session.synchronize()
+            seconds += time.perf_counter() - opened
+        units = float(step.units_per_call * self._chunk_calls)
+        result.units += units
+        result.seconds += seconds
+        result.calls += self._chunk_calls
+        return units
+
+    def _host_call(self) -> dict[str, list[float]]:
+        """One call (or block) with a synchronised clock reading per segment; milliseconds by label."""
+        synchronize, block = self.session.synchronize, self.timings.block
+        times: list[int] = []
+        labels: list[str] = []
+
+        def mark(label: str) -> None:
+            synchronize()
+            times.append(time.perf_counter_ns())
+            labels.append(label)
+
+        indices = [self._next() for _ in range(block)]
+        synchronize()
+        started = time.perf_counter_ns()
+        for index in indices[:-1]:
+            self.step.run(index, _ignore)
+        self.step.run(indices[-1], mark)
+        result: dict[str, list[float]] = {}
+        for label, (before, after) in zip(labels, itertools.pairwise([started, *times]), strict=True):
+            result.setdefault(label, []).append((after - before) / 1e6 / block)
+        return result
+
+    def _choose_block(self, recent_ms: list[float]) -> None:
+        """Blocks only for one-segment calls that are too short for the clock."""
+        seconds = median(recent_ms) / 1e3
+        if self._single and seconds < BLOCK_BELOW_S:
+            self.timings.block = max(2, round(BLOCK_TARGET_S / seconds))
+
+    def _next(self) -> int:
+        self._index += 1
+        return self._index
+
+    def _keep(self, measured_in: str, kept: dict[str, tuple[list[float], list[float]]]) -> None:
+        job = self.session.job
+        for label, (values, ended) in kept.items():
+            if label in (SETUP, END):
+                continue
+            self.timings.series[measured_in, label] = SampleSeries(
+                cell_id=job.cell.cell_id,
+                round=job.round,
+                result_key=job.result_key,
+                measured_in=measured_in,
+                label=label,
+                values_ms=values,
+                ended_s=ended,
+            )
+
+
+def _ignore(_: str) -> None:
+    return

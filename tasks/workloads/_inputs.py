@@ -1,0 +1,56 @@
+"""Seeded inputs, made on the device before anything is timed; several sets, rotated, never zeros."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.session import Session
+
+SETS = 8
+
+
+def token_batches(session: Session, batch_size: int, length: int, count: int = SETS) -> list[torch.Tensor]:
+    """`count` batches of token ids, shape (batch_size, length), int64, on the device.
+
+    Windows of the held-out text where the model has a tokenizer, else uniform random ids of its vocabulary.
+    """
+    import torch
+
+    assert session.loaded is not None
+    total = count * batch_size * length
+    if session.loaded.tokenizer is not None:
+        ids = torch.tensor(_text_tokens(session.loaded.tokenizer, total, session.job.seed))
+    else:
+        generator = torch.Generator().manual_seed(session.job.seed)
+        ids = torch.randint(0, vocabulary(session.loaded.config), (total,), generator=generator)
+    return list(ids.view(count, batch_size, length).to(session.device))
+
+
+def vocabulary(config: Any) -> int:
+    """Size of a configuration's vocabulary."""
+    return int(config.get_text_config().vocab_size)
+
+
+def _text_tokens(tokenizer: Any, total: int, seed: int) -> list[int]:
+    from tasks.models.text import heldout_text
+
+    text, draw = heldout_text(), random.Random(seed)
+    ids: list[int] = []
+    while len(ids) < total:
+        start = draw.randrange(len(text))
+        ids += tokenizer(text[start : start + 20_000], add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[:total]
+
+
+def images(session: Session, batch_size: int, size: int, channels: int = 3, count: int = SETS) -> list[torch.Tensor]:
+    """`count` batches of normal random images, shape (batch_size, channels, size, size), in the model's dtype."""
+    import torch
+
+    generator = torch.Generator(session.device).manual_seed(session.job.seed)
+    dtype = next((p.dtype for p in session.model.parameters() if p.is_floating_point()), torch.float32)
+    shape = (batch_size, channels, size, size)
+    return [torch.randn(shape, generator=generator, device=session.device).to(dtype) for _ in range(count)]

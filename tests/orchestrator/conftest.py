@@ -1,0 +1,136 @@
+"""A real Ray cluster of several raylets on this machine, and the real command as a subprocess."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STORE_BYTES = 80 * 2**20
+SWEEP = """
+name: tiny
+models: [pocket]
+workloads: [{kind: prefill, batch_size: 1, sequence_length: 16}]
+optimizations: [baseline, bf16]
+rounds: 1
+quality: false
+"""
+
+
+class RayletCluster:
+    """Raylets with labels; accelerators are only declared, so their cells run on the CPU as simulated ones."""
+
+    def __init__(self) -> None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_worker_niceness"] = "0"
+        from ray.cluster_utils import Cluster
+
+        # the head carries no tag of its own that a test asks for, and no test kills it
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments("cpu", 0))
+        self.address: str = self._cluster.address
+
+    def add(self, tag: str, accelerators: int = 1) -> Any:
+        return self._cluster.add_node(wait=False, **self._arguments(tag, accelerators))
+
+    def kill(self, node: Any) -> None:
+        """The node dies without a word: raylet first, its workers with it."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+    @staticmethod
+    def _arguments(tag: str, accelerators: int) -> dict[str, Any]:
+        return {
+            "num_cpus": 1,
+            "num_gpus": accelerators,
+            "labels": {"bench/hw": tag},
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        }
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayletCluster]:
+    raylets = RayletCluster()
+    yield raylets
+    raylets.close()
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `python -m orchestrator ...` in its own process group; whatever is left at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str = SWEEP) -> Path:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def journal(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    path = out / "journal.jsonl"
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "it") -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not happen within {timeout_s:.0f} s")
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture
+def tools() -> Any:
+    """`journal`, `wait_for`, `descendants`: plain functions, as a fixture since tests are no package."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(journal=journal, wait_for=wait_for, descendants=descendants, SWEEP=SWEEP)
