@@ -1,10 +1,11 @@
 """From paired log-ratios over rounds to intervals: variance moderated over a sweep, t, Holm, margin. Arrays only.
 
 What is estimated is the variance of a paired difference d = ln(cell) - ln(baseline) inside one block, so it holds the
-noise of both processes and no drift that the block shares. A few rounds know it badly (3 rounds: the ends of the 95 %
-interval of the standard deviation differ by a factor of 12), while the other comparisons on the same device know its usual size. So each
-variance is drawn towards what the *other* comparisons show, as strongly as these agree among themselves (empirical
-Bayes on log-variances, Smyth 2004), and the t-distribution gains the degrees of freedom that they are worth:
+noise of both processes and no drift that the block shares. A few rounds know it badly (with 3, the ends of the 95 %
+interval of the standard deviation differ by a factor of 12), while the other comparisons on the same device know its
+usual size. So each variance is drawn towards what the *other* comparisons show, as strongly as these agree among
+themselves (empirical Bayes on log-variances, Smyth 2004), and the t-distribution gains the degrees of freedom that
+they are worth:
 
 - comparisons of one group share their baseline's noise; their log-variances are taken as correlated by 1/4, the square
   of the correlation 1/2 of the differences, so twenty of one group are not counted as twenty witnesses;
@@ -13,6 +14,8 @@ Bayes on log-variances, Smyth 2004), and the t-distribution gains the degrees of
 - a stack visibly noisier than its prior (F test at 10 %) keeps its own variance and its own k - 1 degrees of freedom:
   a pooled variance would be too small for it, and false differences come from the noisy stacks. Ten percent, not one:
   at 5 rounds a stack three times noisier then has 9 % false intervals instead of 16 %, and the price is only width.
+
+The fallback is the cell's own paired variance rather than Welch's unpaired one, which would count the block's drift.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
     Integers are Int64, flags boolean, lists are lists (empty when null), other nulls are missing values; every core
     column is there. One row per (result_dir, cell_id, round): the newest. Rows that a changed sweep no longer matches
     are left out by `result_key`; `reuse="versions"` keeps those measured with other library versions, `"all"` keeps
-    every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have.
+    every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have and `plan_order` where
+    in the plan it stands.
 
     Raises:
         AnalysisError: a folder is missing, holds no rows, or a part cannot be read.
@@ -93,6 +94,8 @@ def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
     if plan is not None and "rounds" in plan:
         rounds = plan.drop_duplicates("cell_id").set_index("cell_id")["rounds"]
         frame["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
+        positions = {cell_id: position for position, cell_id in enumerate(rounds.index)}
+        frame["plan_order"] = frame["cell_id"].map(positions).astype("Int64")
     return frame.assign(result_dir=str(folder)).astype({"result_dir": "string"})
 
 
@@ -154,7 +157,7 @@ def _complete(frame: pd.DataFrame) -> pd.DataFrame:
         if column.type == "strings":
             added[column.name] = pd.Series([[] for _ in range(len(frame))], index=frame.index, dtype="object")
         elif column.name in frame:
-            added[column.name] = frame[column.name].astype(dtype)
+            added[column.name] = frame[column.name].astype(dtype)  # type: ignore[call-overload]
         else:
             added[column.name] = pd.Series(pd.NA if dtype != "float64" else float("nan"), frame.index, dtype=dtype)
     rest = frame.drop(columns=[name for name in added if name in frame])
@@ -175,7 +178,9 @@ def _without_stale(frame: pd.DataFrame, plan: pd.DataFrame | None, reuse: Reuse)
         planned = dict(zip(plan["cell_id"].tolist(), plan["result_key"].fillna("").tolist(), strict=True))
     by_cell: dict[str, list[_Identity]] = {}
     columns = ("cell_id", "result_key", "machine_key", "profile", "outcome")
-    for position, (cell_id, *rest) in enumerate(zip(*(frame[name].fillna("").tolist() for name in columns), strict=True)):
+    for position, (cell_id, *rest) in enumerate(
+        zip(*(frame[name].fillna("").tolist() for name in columns), strict=True)
+    ):
         by_cell.setdefault(cell_id, []).append(_Identity(position, *rest))
     keep = []
     for cell_id, rows in by_cell.items():

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.frames import column, numbers
 from tasks.row import Outcome
 from tasks.statistics import effective_sample_size, percentile_or_none, t_interval
 
@@ -30,21 +31,19 @@ SEVERITY = (
     Outcome.OK,
 )
 PERCENTILES = {"latency_ms_p95": 95.0, "latency_ms_p99": 99.0}
+PRIMARY_LABELS = ("call", "token")  # of the segments that `latency_ms` is about
 WITH_INTERVAL = ("latency_ms_p50", "latency_ms_mean", "throughput_per_s", "energy_j_per_unit")
 IDENTITY = (
     "sweep", "baseline_id", "group_id", "model", "model_source", "weights", "optimization", "workload",
     "workload_point", "batch_size", "sequence_length", "new_tokens", "hardware", "hardware_requested", "device_kind",
-    "device_name", "profile", "throughput_unit", "energy_source", "quality_reference", "sample_kind",
+    "device_name", "profile", "throughput_unit", "energy_source", "quality_reference", "sample_kind", "plan_order",
 )  # fmt: skip
-NOT_SUMMARISED = frozenset({"schema_version", "round", "order_in_round", "attempt", "planned_rounds", "batch_size",
-                            "sequence_length", "new_tokens"})  # fmt: skip
-
-
-def column(frame: pd.DataFrame, name: str) -> pd.Series[Any]:
-    """The column, or missing values where these rows do not have it."""
-    import pandas as pd
-
-    return frame[name] if name in frame else pd.Series(pd.NA, index=frame.index, dtype="object")
+NOT_SUMMARISED = frozenset(
+    {
+        "schema_version", "round", "order_in_round", "attempt", "planned_rounds", "plan_order", "batch_size",
+        "sequence_length", "new_tokens",
+    }
+)  # fmt: skip
 
 
 def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
@@ -57,7 +56,7 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    value = pd.to_numeric(column(frame, metric), errors="coerce").astype("float64")
+    value = numbers(frame, metric)
     usable = frame.assign(value=value)[(frame["outcome"] == Outcome.OK).fillna(False).astype(bool) & (value > 0)]
     usable = usable[["result_dir", "cell_id", "baseline_id", "round", "block_id", "value", "flags", "steady"]]
     references = usable[usable["cell_id"] == usable["baseline_id"]].drop_duplicates(
@@ -112,14 +111,14 @@ def cells(frame: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.DataFr
     for position, name in enumerate(("outcome", "reason", "outcomes", "flags")):
         result[name] = pd.Series([summary[position] for summary in summaries], index=result.index, dtype="object")
 
-    numbers = [
+    shown = [
         name
         for name in frame.select_dtypes("number").columns
         if name not in NOT_SUMMARISED and not name.endswith(("_lo", "_hi", "_n"))
     ]
-    floats = frame.loc[ok, numbers].astype("float64")
+    floats = frame.loc[ok, shown].astype("float64")
     medians = floats.groupby([frame.loc[ok, name] for name in KEY], sort=False).median().reindex(result.index)
-    result = pd.concat([result, medians.drop(columns=[name for name in numbers if name in result])], axis=1)
+    result = pd.concat([result, medians.drop(columns=[name for name in shown if name in result])], axis=1)
     for name in WITH_INTERVAL:
         if name in frame:
             bounds = [_log_interval(values) for values in _values(frame, ok, name, result.index)]
@@ -177,13 +176,14 @@ def _pool_percentiles(result: pd.DataFrame, measured: pd.DataFrame, samples: pd.
     wanted = measured[["result_dir", "cell_id", "round", "result_key"]]
     if "result_dir" not in samples:
         samples = samples.assign(result_dir=measured["result_dir"].iloc[0] if len(measured) else "")
-    series = samples[(samples["measured_in"] == "latency") & (~samples["label"].isin(["first_token"]))]
+    series = samples[(samples["measured_in"] == "latency") & samples["label"].isin(PRIMARY_LABELS)]
     series = series.merge(wanted, on=["result_dir", "cell_id", "round", "result_key"])
+    key: Any
     for key, group in series.groupby(KEY, sort=False):
         blocks = result.loc[key].get("sample_kind") == "block_mean"
         runs = [np.asarray(values, dtype=np.float64) for values in group["values_ms"] if len(values)]
-        if not runs or group["label"].nunique() > 1:
-            continue  # several segments: only the row knows which is the primary one
+        if not runs:
+            continue
         pooled, effective = np.concatenate(runs), sum(effective_sample_size(run) for run in runs)
         for name, percentile in PERCENTILES.items():
             value = None if blocks else percentile_or_none(pooled, percentile, effective)

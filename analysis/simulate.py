@@ -145,9 +145,9 @@ def main(repetitions: int = 2000) -> None:
             flush=True,
         )
     print(
-        f"\n{repetitions} sweeps each (500 with samples). interval: false positives of the 95 % interval without margin "
-        "(coverage is the rest) with Monte-Carlo error; verdict: false faster or slower per comparison; family: any in a "
-        "sweep; found: the first cell's true difference; half-width: median."
+        f"\n{repetitions} sweeps each (500 with samples). interval: the 95 % interval without margin misses the truth, "
+        "with Monte-Carlo error; first cell: the same for it alone; verdict: false faster or slower, per comparison; "
+        "family: any in a sweep; found: the first cell's true difference; half-width: median of the interval's."
     )
 
 

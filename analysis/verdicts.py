@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.inference import MARGIN, judge, moderated_variance
+from analysis.frames import records
+from analysis.inference import MARGIN, Variance, judge, moderated_variance
 from analysis.pair import KEY, cells, pairs
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_Line = dict[str, Any]
 
 FASTER, SLOWER, INDISTINGUISHABLE = "faster", "slower", "indistinguishable"
 HIGHER_IS_BETTER = frozenset({"throughput_per_s"})
@@ -48,15 +51,14 @@ def verdicts(
     """
     import pandas as pd
 
-    paired = pairs(frame, metric)
-    table = cells(frame)
-    table = table[(table["cell_id"] != table["baseline_id"]) & table["baseline_id"].notna()]
-    outcomes = {(row.result_dir, row.cell_id): row for row in cells(frame).itertuples()}
-    by_cell = {key: group for key, group in paired.groupby(KEY, sort=False)}
+    by_cell = {key: group for key, group in pairs(frame, metric).groupby(KEY, sort=False)}  # noqa: C416
+    summaries = {(row["result_dir"], row["cell_id"]): row for row in records(cells(frame))}
     lines = []
-    for row in table.itertuples():
-        baseline = outcomes.get((row.result_dir, row.baseline_id))
-        lines.append(_line(row, baseline, by_cell.get((row.result_dir, row.cell_id)), metric, floor))
+    for key, row in summaries.items():
+        if not isinstance(row["baseline_id"], str) or row["cell_id"] == row["baseline_id"]:
+            continue
+        baseline = summaries.get((row["result_dir"], row["baseline_id"]))
+        lines.append(_line(row, baseline, by_cell.get(key), metric, floor))
     result = pd.DataFrame(lines, columns=_COLUMNS)
     _fill(result, metric)
     return result.drop(columns=_INTERNAL)
@@ -70,7 +72,7 @@ _COLUMNS = [
 
 
 def _line(
-    row: Any, baseline: Any, found: pd.DataFrame | None, metric: str, floor: float | Mapping[str, float]
+    row: _Line, baseline: _Line | None, found: pd.DataFrame | None, metric: str, floor: float | Mapping[str, float]
 ) -> dict[str, Any]:
     barred = _cell_reasons(row, baseline)
     used, left_out = found, 0
@@ -81,44 +83,44 @@ def _line(
         else:
             barred += sorted({reason for reasons in found["barred"] for reason in reasons})
     values = np.array([] if used is None else used["log_ratio"], dtype=np.float64)
-    if values.size == 0 and row.rounds_ok and not barred:
+    if values.size == 0 and row["rounds_ok"] and not barred:
         barred.append(f"no pair: {metric} is missing, or the baseline was not measured in its blocks")
     if values.size == 1:
         barred.append("1 round: no interval")
     return {
-        "result_dir": row.result_dir,
-        "cell_id": row.cell_id,
-        "baseline_id": row.baseline_id,
+        "result_dir": row["result_dir"],
+        "cell_id": row["cell_id"],
+        "baseline_id": row["baseline_id"],
         "metric": metric,
         "rounds": values.size,
         "ratio": float(np.exp(values.mean())) if values.size else float("nan"),
         "barred": barred,
         "left_out": left_out,
-        "pool": (row.result_dir, row.sweep, row.hardware),
-        "group_id": (row.result_dir, row.group_id if isinstance(row.group_id, str) else row.baseline_id),
+        "pool": (row["result_dir"], row["sweep"], row["hardware"]),
+        "group_id": (row["result_dir"], row["group_id"] if isinstance(row["group_id"], str) else row["baseline_id"]),
         "log_mean": values.mean() if values.size else float("nan"),
         "log_variance": values.var(ddof=1) if values.size > 1 else float("nan"),
-        "floor": floor if isinstance(floor, int | float) else floor.get(row.hardware, 0.0),
+        "floor": floor if isinstance(floor, int | float) else floor.get(row["hardware"], 0.0),
         "widened": bool(used is not None and used["widened"].any()),
     }
 
 
-def _cell_reasons(row: Any, baseline: Any) -> list[str]:
+def _cell_reasons(row: _Line, baseline: _Line | None) -> list[str]:
     """Why the cell as a whole may not be ranked."""
-    reasons = ["simulated hardware"] if row.simulated else []
-    if row.outcome != Outcome.OK:
+    reasons = ["simulated hardware"] if row["simulated"] else []
+    if row["outcome"] != Outcome.OK:
         reasons.append(_not_ok(row))
     if baseline is None:
         reasons.append("the baseline has no row")
-    elif baseline.outcome != Outcome.OK:
+    elif baseline["outcome"] != Outcome.OK:
         reasons.append(f"baseline {_not_ok(baseline)}")
     return reasons
 
 
-def _not_ok(row: Any) -> str:
-    if row.rounds_ok == 0:
-        return str(row.outcome)
-    return f"{row.outcome} in {row.outcomes[row.outcome]} of {row.rounds} rounds"
+def _not_ok(row: _Line) -> str:
+    if row["rounds_ok"] == 0:
+        return str(row["outcome"])
+    return f"{row['outcome']} in {row['outcomes'][row['outcome']]} of {row['rounds']} rounds"
 
 
 def _fill(result: pd.DataFrame, metric: str) -> None:
@@ -132,7 +134,7 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
     if tested.empty:
         return
     for _, pool in result.loc[tested].groupby("pool", sort=False):
-        groups = pool.groupby("group_id", sort=False).ngroup().to_numpy(dtype=np.int64)
+        groups = np.asarray(pool.groupby("group_id", sort=False).ngroup(), dtype=np.int64)
         rounds = pool["rounds"].to_numpy(dtype=np.float64)
         moderated = moderated_variance(pool["log_variance"].to_numpy(dtype=np.float64), rounds, groups)
         result.loc[pool.index, "log_variance"] = moderated.variance
@@ -145,8 +147,6 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
 
 
 def _judge(result: pd.DataFrame, index: pd.Index[Any], metric: str, barred: bool) -> None:
-    from analysis.inference import Variance
-
     part = result.loc[index]
 
     def array(name: str) -> Any:

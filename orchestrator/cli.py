@@ -14,7 +14,8 @@ import typer
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
-    name="benchmatrix", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
+    name="benchmatrix", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure model x optimization x hardware, and see which optimizations are worth it where.",
 )  # fmt: skip

@@ -7,12 +7,13 @@ import importlib.util
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from orchestrator.guard import MARK, Guard
 
 _PREFIX = "benchmatrix-ray-"
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -48,13 +49,13 @@ def check_imports() -> None:
 def connect(address: str | None = None) -> Iterator[Connection]:
     """Attach to `address` (or to RAY_ADDRESS, which a Ray job sets), else start a local instance; always shuts down.
 
-    The local instance dies with this process even on SIGKILL (its processes ask the kernel for that), and its
-    files are removed here or, after a SIGKILL, by the next start.
+    The local instance and its files are gone when this ends, and also when this process is killed: see `guard`.
     """
     check_imports()
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
-    folder = _private_folder() if local else None
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX)) if local else None
+    guard = Guard(folder) if folder else None
     _set_environment(local=local)
     import ray
 
@@ -62,6 +63,7 @@ def connect(address: str | None = None) -> Iterator[Connection]:
     try:
         if local:
             # num_cpus=1: Ray starts that many idle workers ahead of time; our actors ask for no CPU.
+            os.environ[MARK] = str(folder)
             ray.init(
                 **{**common, "include_dashboard": False}, address="local", num_cpus=1, _node_ip_address="127.0.0.1",
                 object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder),
@@ -69,13 +71,17 @@ def connect(address: str | None = None) -> Iterator[Connection]:
         else:
             ray.init(**common, address=address)
     except Exception as error:
-        _remove(folder)
+        if guard:
+            guard.close()
         raise ConnectionProblem(_why(address, error)) from error
+    finally:
+        os.environ.pop(MARK, None)  # Ray's processes have it; what this process starts later shall not
     try:
         yield Connection(local=local, address=address or "local", ray_version=str(ray.__version__))
     finally:
         ray.shutdown()
-        _remove(folder)
+        if guard:
+            guard.close()
 
 
 def _set_environment(*, local: bool) -> None:
@@ -100,18 +106,3 @@ def _why(address: str | None, error: Exception) -> str:
         f"no Ray cluster can be reached at {address}: {type(error).__name__}: {text[:200]} "
         "(is it running, and is RAY_AUTH_TOKEN the cluster's?)"
     )
-
-
-def _private_folder() -> Path:
-    """A folder for Ray's sockets and logs, named after this process; those of dead processes are removed."""
-    base = Path(tempfile.gettempdir())
-    for old in base.glob(f"{_PREFIX}*"):
-        owner = old.name.removeprefix(_PREFIX).split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -61,7 +61,8 @@ class Ledger:
         done: cell_id -> its runs that are reused, oldest first.
         failed: of those, the runs that ended in error, crashed, timeout or invalid, and recorded unplaced ones.
         stale: recorded runs whose result key is not the expected one; kept in the results, never reused.
-        repeated: recorded runs that are measured again: unplaced, asked for with `retry`, or without their baseline.
+        repeated: rows that are measured again: unplaced or otherwise decided without a run (they have no block), asked
+            for with `retry`, or run without their baseline.
         blocks: group_id -> blocks still to be run, in order. Groups with nothing to do are left out.
     """
 
@@ -114,7 +115,7 @@ def decide(
         retry: outcomes that are measured again, once per call.
         seed: for the order of cells inside a block; the same seed, group and round give the same order.
 
-    Every recorded outcome counts as a run, `unplaced` apart; one `unsupported` run settles its cell. A cell has its
+    Every outcome of a block counts as a run, `unplaced` apart; one `unsupported` run settles its cell. A cell has its
     rounds when it has as many counted runs, each in one block with a counted run of its baseline, where the plan has
     one that is supported. New blocks take round numbers that no row of the group has used.
     """
@@ -133,7 +134,7 @@ def decide(
             fits = _fits(keys(item.cell), runs[cell_id], reuse) if cell_id in runs else None
             usable[cell_id] = []
             for run in runs.get(cell_id, ()):
-                if run.outcome == Outcome.UNPLACED:  # was not run, so it has no key that could fit
+                if run.outcome == Outcome.UNPLACED or not run.block_id:  # decided without a run, perhaps otherwise now
                     repeated.append(run)
                 elif fits is None or not fits(run):
                     stale.append(run)

@@ -31,8 +31,9 @@ def print_nodes(address: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"node": name, **report.to_dict()} for name, report in reports]))
         return
-    from orchestrator.quiet import console_for
     from rich.table import Table
+
+    from orchestrator.quiet import console_for
 
     console = console_for(sys.stdout)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -63,10 +64,10 @@ def _cluster(address: str) -> tuple[list[tuple[str, NodeReport]], list[str]]:
 
 def print_catalogue() -> None:
     """Everything discovered, with what it needs."""
-    from orchestrator.quiet import console_for
     from rich.markup import escape
     from rich.table import Table
 
+    from orchestrator.quiet import console_for
     from orchestrator.sweep import shipped
 
     console = console_for(sys.stdout)

@@ -101,7 +101,7 @@ def local_tag(report: NodeReport) -> str:
 
 def print_plan(planning: Planning) -> None:
     """Cells by group, what is not run and why, and the forecast."""
-        from rich.markup import escape
+    from rich.markup import escape
     from rich.table import Table
 
     from orchestrator.progress import duration

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
+_ERRORS = {
+    "analysis.errors": ("AnalysisError",),
+    "orchestrator.connection": ("ConnectionProblem",),
+    "orchestrator.durable": ("StoreError",),
+    "orchestrator.submit": ("SubmitError",),
+    "orchestrator.sweep_document": ("SweepError",),
+    "tasks.models.identity": ("ModelError",),
+    "tasks.registry": ("RegistryError",),
+}
+
 
 def bad_input() -> tuple[type[Exception], ...]:
-    """Every such error type; imported late, since most commands can fail in only one of these ways."""
-    from analysis import AnalysisError
-    from orchestrator.connection import ConnectionProblem
-    from orchestrator.durable import StoreError
-    from orchestrator.submit import SubmitError
-    from orchestrator.sweep_document import SweepError
-    from tasks.registry import RegistryError
-
-    return (SweepError, StoreError, ConnectionProblem, SubmitError, RegistryError, AnalysisError)
+    """Every such error type that can have been raised: those whose module is loaded, so that asking loads nothing."""
+    loaded = [(sys.modules[module], names) for module, names in _ERRORS.items() if module in sys.modules]
+    return tuple(getattr(module, name) for module, names in loaded for name in names)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from orchestrator.guard import MARK
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.supervisor import Supervisor
@@ -94,8 +95,11 @@ def artifact_folder() -> Path:
 
 
 def _work_folder() -> Path:
-    """A folder named after this process; those that killed runners left are removed."""
-    base = Path(tempfile.gettempdir())
+    """A folder named after this process; those that killed runners left are removed.
+
+    In a local instance it lies in the instance's own folder, which goes with it.
+    """
+    base = Path(os.environ.get(MARK) or tempfile.gettempdir())
     for old in base.glob(f"{_PREFIX}*"):
         owner = old.name.removeprefix(_PREFIX).split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():

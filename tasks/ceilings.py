@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.device import DeviceInfo
@@ -77,10 +78,8 @@ def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:
     import torch
 
     source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
     nbytes = source.nbytes
-    copy = 2 * nbytes / _typical_s(lambda: target.copy_(source), device)
-    del target
+    copy = 2 * nbytes / _typical_s(partial(torch.empty_like(source).copy_, source), device)
     rows = source.view(-1, 4096)
     vector = torch.randn(4096, device=device)
     # the best of several kernels that only read: a ceiling is what the memory gives, not what one kernel takes

@@ -35,6 +35,8 @@ __all__ = ["EnergyReading", "calls_per_chunk", "idle_power", "measure", "measure
 POWER_PERIOD_S = 0.06  # 10 to 20 Hz
 _CHUNK_TICKS = 0.25
 _RAPL_TICK_S = 0.001
+_LEARN_EDGES = 5
+_MIN_POLLED_S = 1.0
 
 Clock = Callable[[], float]
 
@@ -85,7 +87,7 @@ def measure(
     synchronize: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
     window_s: float,
-    tick_s: float,
+    tick_s: float = 0.1,
     idle_power_w: float | None = None,
     other_gpus: Sequence[Gpu] = (),
     background: bool = True,
@@ -93,9 +95,9 @@ def measure(
     """Run chunks until the device was busy for a window of at least `window_s` and 20 ticks; its energy.
 
     `run_chunk` issues some whole calls (`calls_per_chunk`) and returns how many units they do; `synchronize` then
-    waits for them. `background=False` reads the counter after each chunk instead of in a thread, for clocks that do
-    not run by themselves. Null reasons: nvml_missing, not_supported, mig, shared_gpu, counter_reset, counter_stuck,
-    window_too_short.
+    waits for them. `tick_s` is where to start from: the thread learns the counter's own. `background=False` reads the
+    counter after each chunk instead of in a thread, for clocks that do not run by themselves. Null reasons:
+    nvml_missing, not_supported, mig, shared_gpu, counter_reset, counter_stuck, window_too_short.
     """
     if gpu.unavailable is not None:
         return Missing(reason=gpu.unavailable)
@@ -107,12 +109,10 @@ def measure(
     sharing = _sharing(gpu, other_gpus)
     if isinstance(sharing, Missing):
         return sharing
-    need_s = max(window_s, MIN_TICKS * tick_s) if counter else max(window_s, 1.0)
     chunks = [(clock(), 0.0)]
     meter = _Meter(gpu, clock, tick_s, chunks[0][0])
-    enough_s = 0.995 * need_s  # jumps are located to a few milliseconds: not one tick more for that
     with meter.watching(background):
-        while not meter.done(chunks, enough_s, counter):
+        while not meter.done(chunks, window_s, counter):
             units = chunks[-1][1] + run_chunk()
             synchronize()
             chunks.append((clock(), units))
@@ -122,9 +122,16 @@ def measure(
     if isinstance(after, Missing):
         return after
     if counter:
-        reading = from_counter(meter.readings, chunks, meter.powers, tick_s=tick_s, need_s=need_s)
+        reading = from_counter(
+            meter.readings,
+            chunks,
+            meter.powers,
+            tick_s=meter.tick_s,
+            need_s=meter.need_s(window_s),
+            counts_from=meter.counts_from,
+        )
     else:
-        reading = from_power(meter.powers, chunks, need_s=need_s)
+        reading = from_power(meter.powers, chunks, need_s=max(window_s, _MIN_POLLED_S))
     if isinstance(reading, Missing):
         return reading
     flags = tuple(dict.fromkeys((*reading.flags, *sharing, *after)))
@@ -166,11 +173,11 @@ class _Meter:
     """Reads the counter often around its jumps, seldom between them, and the power at 10 to 20 Hz."""
 
     def __init__(self, gpu: Gpu, clock: Clock, tick_s: float, began: float) -> None:
-        self._gpu, self._clock, self._tick_s = gpu, clock, tick_s
+        self._gpu, self._clock, self.tick_s = gpu, clock, tick_s
         self.readings: list[Reading] = []
         self.powers: list[tuple[float, float]] = []
         self.edges: list[Edge] = []  # those that count: after a whole tick of work
-        self._counts_from = began + tick_s
+        self.counts_from = began + tick_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -195,7 +202,7 @@ class _Meter:
         ended = self._clock()
         if millijoules is not None:
             before = self.readings[-1] if self.readings else None
-            if before and before.millijoules != millijoules and before.begun >= self._counts_from:
+            if before and before.millijoules != millijoules and before.begun >= self.counts_from:
                 self.edges.append(Edge(before.begun, ended, millijoules / 1000))
             self.readings.append(Reading(begun, ended, millijoules))
         if not self.powers or ended >= self.powers[-1][0] + POWER_PERIOD_S:
@@ -204,29 +211,37 @@ class _Meter:
                 self.powers.append((self._clock(), watts))
 
     def _watch(self) -> None:
-        delay = poll_s = _poll_s(self._tick_s)
+        delay = poll_s = _poll_s(self.tick_s)
+        learned = False
         while not self._stop.wait(delay):
             self.look()
             delay = poll_s
-            if self.edges:
-                quiet_s = self.edges[-1].time + 0.8 * self._tick_s - self._clock()
+            if not learned and len(self.edges) >= _LEARN_EDGES:
+                self.tick_s = min(after.time - before.time for before, after in pairwise(self.edges))
+                learned, poll_s = True, _poll_s(self.tick_s)
+            if learned:
+                quiet_s = self.edges[-1].time + 0.8 * self.tick_s - self._clock()
                 delay = max(poll_s, min(quiet_s, POWER_PERIOD_S / 2))
 
-    def done(self, chunks: Sequence[tuple[float, float]], need_s: float, counter: bool) -> bool:
+    def need_s(self, window_s: float) -> float:
+        return max(window_s, MIN_TICKS * self.tick_s)
+
+    def done(self, chunks: Sequence[tuple[float, float]], window_s: float, counter: bool) -> bool:
         """Whether the window is complete, or never will be; costs microseconds, since the device idles meanwhile."""
         began, now = chunks[0][0], chunks[-1][0]
         if len(chunks) < 2:
             return False
         if not counter:
-            return now - chunks[1][0] >= need_s and len(self.powers) >= 12
+            return now - chunks[1][0] >= max(window_s, _MIN_POLLED_S) and len(self.powers) >= 12
         seen = [edge for edge in self.edges[-3:] if edge.late <= now]  # the thread may be ahead of the chunk
         silent_s = now - (seen[-1].time if seen else began)
-        if silent_s > max(MIN_TICKS * self._tick_s, STUCK_S) and len(chunks) > 2:
+        if silent_s > max(MIN_TICKS * self.tick_s, STUCK_S) and len(chunks) > 2:
             return True
         if not seen:
             return False
         first = self.edges[0].time
-        if short_chunks(chunks, self._tick_s):
+        need_s = 0.995 * self.need_s(window_s)  # jumps are located to milliseconds: not one tick more for that
+        if short_chunks(chunks, self.tick_s):
             return seen[-1].time - first >= need_s
         return now - chunks[bisect_left(chunks, (first, 0.0))][0] >= need_s
 

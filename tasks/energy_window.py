@@ -114,12 +114,17 @@ def from_counter(
     *,
     tick_s: float,
     need_s: float,
+    counts_from: float | None = None,
 ) -> EnergyReading | Missing:
-    """The energy of the widest window inside `chunks`, which are `(end time, units so far)` from `(begin, 0)` on."""
+    """The energy of the widest window inside `chunks`, which are `(end time, units so far)` from `(begin, 0)` on.
+
+    Jumps count after `counts_from`, by default a tick after the begin.
+    """
     found = find_edges(readings)
     if isinstance(found, Missing):
         return found
-    busy = [edge for edge in found if edge.early >= chunks[0][0] + tick_s and edge.late <= chunks[-1][0]]
+    counts_from = chunks[0][0] + tick_s if counts_from is None else counts_from
+    busy = [edge for edge in found if edge.early >= counts_from and edge.late <= chunks[-1][0]]
     if len(busy) < 2:
         stuck = chunks[-1][0] - chunks[0][0] >= MIN_TICKS * tick_s
         return Missing(reason="counter_stuck" if stuck else "window_too_short")

@@ -20,8 +20,10 @@ from tasks.gpu import Gpu, GpuProcess
 
 CPU_SHARE_FLAG, CPU_SHARE_BAR = 0.95, 0.90
 SWITCHES_PER_S, PRESSURE, STEAL, CANARY = 10.0, 0.05, 0.005, 0.03
+RUN_DELAY = 0.05
 FOREIGN_CPU = 0.10  # of the capacity of the process's CPUs
 FOREIGN_GPU_PERCENT = 2.0
+UTILIZATION_MEMORY_S = 2.1
 BARRING = frozenset({"steal", "foreign_load", "cpu_starved"})
 _MIN_WINDOW_S = 0.1  # /proc/stat counts in ticks of 10 ms
 
@@ -120,10 +122,11 @@ def compare(
         flags.append("steal")
     if (foreign or 0.0) > FOREIGN_CPU:
         flags.append("foreign_load")
-    if share < CPU_SHARE_BAR:
+    # work that does not parallelise leaves CPUs alone by itself: it starves only if it also had to wait for one
+    if share < CPU_SHARE_BAR and (delay is None or delay > RUN_DELAY):
         flags.append("cpu_starved")
     disturbed = (
-        share < CPU_SHARE_FLAG,
+        share < CPU_SHARE_FLAG and (delay is None or delay > RUN_DELAY / 2),
         switches > SWITCHES_PER_S,
         (pressure or 0.0) > PRESSURE,
         ratio is not None and abs(ratio - 1.0) > CANARY,
@@ -179,12 +182,23 @@ def foreign_processes(
     return foreign[1:] if resident and len(foreign) == len(running) else foreign
 
 
-def foreign_gpu_activity(gpu: Gpu, own: Collection[int] | None = None) -> tuple[float | None, tuple[str, ...]]:
+def foreign_gpu_activity(
+    gpu: Gpu, own: Collection[int] | None = None, sleep: Callable[[float], None] = time.sleep
+) -> tuple[float | None, tuple[str, ...]]:
     """Percent of SM time that others use, and the flags; to be asked while this process leaves the device idle.
 
     Per process where the driver tells; otherwise the whole device's utilisation, which counts only where no display
-    can be the reason: graphics is recorded, never flagged.
+    can be the reason: graphics is recorded, never flagged. What looks foreign is looked at again after a while, since
+    utilisation looks back up to two seconds and may see the cell that was measured before.
     """
+    percent, flags = _foreign_gpu_activity(gpu, own)
+    if flags:
+        sleep(UTILIZATION_MEMORY_S)
+        percent, flags = _foreign_gpu_activity(gpu, own)
+    return percent, flags
+
+
+def _foreign_gpu_activity(gpu: Gpu, own: Collection[int] | None) -> tuple[float | None, tuple[str, ...]]:
     foreign = foreign_processes(gpu, own)
     shares = [process.utilization_percent for process in foreign]
     percent = sum(share or 0.0 for share in shares) if shares and None not in shares else None

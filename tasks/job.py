@@ -73,6 +73,8 @@ class CellJob:
     compile_cold: bool = False
     executed: bool = False
     quality: bool = False
+    quality_tokens: int = 2048
+    quality_choices: int = 100
     ceilings: dict[str, float] = field(default_factory=dict)
     idle_power_w: float | None = None
     temperature_c: float | None = None

@@ -53,6 +53,7 @@ class _Life:
 
     def live(self) -> None:
         from tasks.conditions import Conditions, prepare_process
+        from tasks.quality import judge
         from tasks.timing import Passes
 
         device = prepare_process(self.job)
@@ -81,7 +82,7 @@ class _Life:
             self._prove(session)
             if self.job.quality:
                 with self._phase(Phase.QUALITY, "quality_s"):
-                    pass
+                    session.quality = judge(session)
         conditions.judge()
 
     def _load(self, session: Session) -> None:
@@ -142,9 +143,10 @@ class _Life:
             try:
                 self.row.set(**metric.collect(self.session))
             except Exception as error:
+                # what was measured is kept: the broken metric's columns are null, and the row says so
                 if self.row["outcome"] is None:
-                    raise
-                # after a failure a metric may lack what it needs: its columns stay null, and say so
+                    traceback.print_exc()
+                    self.row.flag(f"metric_failed:{metric.name}")
                 self.row.set(**{c.name: Missing(reason=f"{type(error).__name__}: {error}") for c in metric.columns})
         if self.row["outcome"] is None:
             reasons = self.row["invalid_reasons"]
@@ -189,7 +191,7 @@ def _collector_off() -> Iterator[None]:
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
 )
-_NO_KERNEL = re.compile(r"no available kernel|not implemented for|no kernel found", re.I)
+_NO_KERNEL = re.compile(r"no available kernel|no viable backend|not implemented for|no kernel found", re.I)
 
 
 def classify(error: Exception) -> tuple[Outcome, str]:
@@ -210,6 +212,17 @@ def facts(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any
     return measure_facts(payload)
 
 
+def reference(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
+    """Make what quality is judged against: the outputs of the unoptimised fp32 model, kept as an artifact."""
+    from tasks.conditions import prepare_process
+    from tasks.quality import make_reference
+
+    phase_file.write_text("reference")
+    job = CellJob.from_dict(payload)
+    session = Session(job=job, device=prepare_process(job), row=Row())
+    return make_reference(session)
+
+
 def pid_only(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
     """The least duty: proves that isolation works, and what it costs."""
     return {"pid": os.getpid(), "kind": kind, **payload}
@@ -218,5 +231,6 @@ def pid_only(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, 
 DUTIES: dict[str, Callable[[dict[str, Any], Path, str], dict[str, Any]]] = {
     "cell": run_cell,
     "facts": facts,
+    "reference": reference,
     "nothing": pid_only,
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tasks.energy import EnergyReading
     from tasks.metric import Missing
     from tasks.models.load import LoadedModel
+    from tasks.quality import QualityReading
     from tasks.timing import Timings
     from tasks.workload import Step, Workload
 
@@ -48,6 +49,7 @@ class Session:
     loaded: LoadedModel | None = None
     step: Step | None = None
     timings: Timings | None = None
+    quality: QualityReading | Missing | None = None
     # drives the throughput pass: given a chunk of work that returns its units, runs it over an energy window
     meter: Callable[[Callable[[], float]], EnergyReading | Missing] | None = None
 

@@ -168,7 +168,7 @@ def batch_median_halfwidth(samples: Samples, batches: int = BATCHES, level: floa
 
 
 def steady(window_a: Samples, window_b: Samples, tolerance: float) -> bool:
-    """Whether two successive windows agree: medians within `tolerance` of the larger one. An empty window never does."""
+    """Whether two successive windows agree: medians within `tolerance` of the larger one; empty windows never do."""
     if len(window_a) == 0 or len(window_b) == 0:
         return False
     a, b = median(window_a), median(window_b)

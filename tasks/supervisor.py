@@ -9,7 +9,7 @@ from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
-from tasks.registry import optimizations
+from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
 
 TIME_COLUMNS = ("load_s", "first_call_s", "compile_s", "warmup_s", "measure_s", "quality_s", "idle_s")
@@ -21,6 +21,7 @@ class Supervisor:
     def __init__(self, device: DeviceInfo, *, cpus: tuple[int, ...], log_path: Path, work_dir: Path) -> None:
         self.device = device
         self.cpus = cpus
+        self._references: set[tuple[object, ...]] = set()  # made, or found impossible, by this supervisor
         environment = {}
         if device.kind == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -44,6 +45,8 @@ class Supervisor:
         known = optimizations()
         for technique in job.cell.stack.techniques:
             environment |= known[technique.name].environment(technique)
+        if job.quality:
+            self._ensure_reference(job)
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
         done = self._isolation.run(
@@ -52,6 +55,13 @@ class Supervisor:
         if done.result is None:
             return RunResult(row=_obituary(job, done).to_dict())
         return RunResult(row=_with_wall(done.result["row"], done), samples=done.result["samples"])
+
+    def _ensure_reference(self, job: CellJob) -> None:
+        """The fp32 reference in a process of its own: never two models on the device at once."""
+        key = (job.cell.model, job.quality_tokens, job.quality_choices, job.cell.workload.get("image_size"))
+        if key not in self._references and workloads()[job.cell.workload.kind].needs_model:
+            self._references.add(key)
+            self._isolation.run("reference", job.to_dict(), timeout_s=job.timeout_s)
 
     def close(self) -> None:
         self._isolation.close()

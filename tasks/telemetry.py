@@ -16,7 +16,7 @@ import numpy as np
 from tasks.gpu import POWER_CAP_COUNTER, THROTTLING, EventReason, Gpu
 
 CLOCK_DRIFT = 0.02
-IDLE_FRACTION = 0.10  # one sample of ten with the GPU-idle bit: the host or the input did not keep up
+IDLE_FRACTION, IDLE_SAMPLES = 0.10, 2  # with the GPU-idle bit: the host or the input did not keep up
 
 
 class TelemetrySample(NamedTuple):
@@ -130,7 +130,7 @@ def summarize(
     findings = {
         "throttled": bool(throttled),
         "clock_drift": drift is not None and abs(drift) > CLOCK_DRIFT,
-        "gpu_idle": idle is not None and idle >= IDLE_FRACTION,
+        "gpu_idle": idle is not None and idle >= IDLE_FRACTION and round(idle * len(reasons)) >= IDLE_SAMPLES,
     }
     return TelemetrySummary(
         samples=len(samples),

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.cell import digest
 from tasks.ceilings import READ, product_key
+from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
 from tasks.stacks import precision_of
 
@@ -132,9 +132,9 @@ def count_flops(session: Session) -> float | Missing:
 
     assert session.loaded is not None
     with torch.device("meta"):
-        # sdpa on meta takes the path that the counter knows; the CPU's fused kernel would count as nothing
+        # written-out attention is two products, which the counter knows; the CPU's fused kernel counts as nothing
         model = auto_class(session.loaded.config).from_config(
-            session.loaded.config, dtype=torch.float32, attn_implementation="sdpa"
+            session.loaded.config, dtype=torch.float32, attn_implementation="eager"
         )
         counter = FlopCounterMode(display=False)
         if point.kind == "decode":

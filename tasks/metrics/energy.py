@@ -1,4 +1,4 @@
-"""Energy of the throughput pass: NVML's counter in tick-aligned windows, RAPL on a CPU, otherwise null with a reason."""
+"""Energy of the throughput pass: NVML's counter in tick-aligned windows, RAPL on a CPU, else null with a reason."""
 
 from __future__ import annotations
 

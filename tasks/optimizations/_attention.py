@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.optimization import Evidence, LoadOptions, Optimization
@@ -52,14 +52,19 @@ def attention_operators(session: Session) -> Counter[str]:
     class Listener(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func._schema.name.split("::")[-1]
-            if name.startswith("_scaled_dot_product") or "flash_attention" in name:
-                called[name] += 1
-            elif name in ("_softmax", "_safe_softmax"):
+            if name in ("_softmax", "_safe_softmax"):
                 softmax["_softmax"] += 1
+            elif name.startswith("_scaled_dot_product") or "flash_attention" in name:
+                called[name] += 1
+            else:
+                # inference mode hands composite operators over whole: look inside them
+                with self:
+                    result = func.decompose(*args, **(kwargs or {}))
+                if result is not NotImplemented:
+                    return result
             return func(*args, **(kwargs or {}))
 
     assert session.step is not None
-    training = session.workload.training
-    with nullcontext() if training else torch.no_grad(), torch.compiler.set_stance("force_eager"), Listener():
+    with torch.compiler.set_stance("force_eager"), Listener():
         session.step.run(0, lambda _label: None)
     return called or softmax

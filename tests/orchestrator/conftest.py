@@ -111,12 +111,22 @@ def journal(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [record for record in records if kind in (None, record["kind"])]
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "it") -> Any:
+def wait_for(
+    condition: Callable[[], Any],
+    timeout_s: float = 60.0,
+    what: str = "it",
+    process: subprocess.Popen[str] | None = None,
+) -> Any:
+    """The first true answer; fails at the limit, or as soon as `process` has ended without it."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
+        ended = process is not None and process.poll() is not None
         found = condition()
         if found:
             return found
+        if ended and process is not None:
+            stdout, stderr = process.communicate()
+            raise AssertionError(f"ended with {process.returncode} before {what}:\n{stdout}\n{stderr}")
         time.sleep(0.1)
     raise AssertionError(f"{what} did not happen within {timeout_s:.0f} s")
 

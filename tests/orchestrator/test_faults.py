@@ -46,7 +46,7 @@ class TestDriver:
     ) -> None:
         out, sweep = tmp_path / "out", sweep_file(SWEEP % "local")
         first = command("run", sweep, "--out", out)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row")
+        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", first)
         family = tools.descendants(first.pid)
         assert len(family) > 3
         first.kill()
@@ -71,7 +71,7 @@ class TestDriver:
     ) -> None:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "local"), "--out", out)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row")
+        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
         before = len(rows(out, tools))
         family = tools.descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
@@ -89,7 +89,7 @@ class TestDriver:
     ) -> None:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "local"), "--out", out)
-        tools.wait_for(lambda: tools.journal(out, "block"), 90, "the first block")
+        tools.wait_for(lambda: tools.journal(out, "block"), 90, "the first block", process)
         family = tools.descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         tools.wait_for(lambda: True, 1)
@@ -117,7 +117,7 @@ class TestCluster:
         cluster.add("a100")
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "a100"), "--out", out, "--address", cluster.address)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row")
+        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
         runner = tools.wait_for(lambda: runners(), 10, "a runner")[0]
         below = tools.descendants(runner.pid)
         runner.kill()
@@ -135,7 +135,7 @@ class TestCluster:
         doomed = cluster.add("rtx3090")
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "rtx3090"), "--out", out, "--address", cluster.address)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row")
+        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
         cluster.kill(doomed)
         cluster.add("rtx3090")
         _, stderr = process.communicate(timeout=150)
@@ -152,7 +152,7 @@ class TestCluster:
             "run", sweep_file(SWEEP % "rtx4060"), "--out", out, "--address", cluster.address, "--wait-nodes", "2m",
             "--only", "sequence_length=16",
         )  # fmt: skip
-        tools.wait_for(lambda: tools.journal(out, "run"), 60, "the start")
+        tools.wait_for(lambda: tools.journal(out, "run"), 60, "the start", process)
         cluster.add("rtx4060")
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr

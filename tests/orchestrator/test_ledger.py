@@ -32,14 +32,14 @@ def cell(stack: str = "", batch_size: int = 1) -> Cell:
 BASE, BF16, NF4 = cell(), cell("bf16"), cell("nf4")
 
 
-def row(run: Cell, round_: int, outcome: str = "ok", key: str | None = KEY, block_id: str | None = None) -> dict:
+def row(run: Cell, round_: int, outcome: str = "ok", key: str | None = KEY, block_id: str = "group-{:03d}") -> dict:
     return {
         "kind": "row",
         "row": {
             "cell_id": run.cell_id,
             "group_id": run.group_id,
             "round": round_,
-            "block_id": block_id or f"{run.group_id}-{round_:03d}",
+            "block_id": block_id.format(round_),
             "outcome": outcome,
             "result_key": key,
         },
@@ -107,6 +107,13 @@ def test_unplaced_is_always_run_again():
     planned = [PlannedCell(BASE, 1), PlannedCell(BF16, 1)]
     records = [row(BASE, 0), row(BF16, 0, "unplaced", key=None)]
     assert [(block.round, names(block)) for block in remaining(planned, records)] == [(1, {"baseline", "bf16"})]
+
+
+@pytest.mark.parametrize("outcome", ["unsupported", "crashed"])
+def test_a_row_that_was_written_without_a_run_settles_nothing(outcome):
+    planned = [PlannedCell(BASE, 1), PlannedCell(BF16, 1)]
+    records = [row(BASE, 0), row(BF16, 0, outcome, block_id="")]
+    assert [names(block) for block in remaining(planned, records)] == [{"baseline", "bf16"}]
 
 
 def test_unsupported_settles_a_cell_in_one_round():

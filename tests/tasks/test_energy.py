@@ -118,6 +118,19 @@ def test_a_thread_watches_the_counter_while_real_time_passes() -> None:
     assert found.ticks and found.ticks >= 20
 
 
+@pytest.mark.parametrize("tick_s", [0.01, 0.05])
+def test_the_thread_learns_the_counters_own_tick(tick_s: float) -> None:
+    gpu = FakeGpu(time.perf_counter, power_w=300, tick_s=tick_s)
+
+    def chunk() -> float:
+        time.sleep(0.004)
+        return 1.0
+
+    found = reading(measure(chunk, gpu, window_s=0.4, tick_s=0.02))
+    assert found.mean_w == pytest.approx(300, rel=0.1)
+    assert found.elapsed_s >= 0.98 * max(0.4, 18 * tick_s)
+
+
 def test_the_thread_ends_when_the_work_fails() -> None:
     import threading
 

@@ -154,4 +154,15 @@ def test_foreign_processes_are_all_but_ours() -> None:
 def test_foreign_activity_above_two_percent_is_flagged_and_a_display_is_not(
     card: FakeGpu, percent: float | None, flags: tuple[str, ...]
 ) -> None:
-    assert foreign_gpu_activity(card, {1}) == (percent, flags)
+    waits: list[float] = []
+    assert foreign_gpu_activity(card, {1}, waits.append) == (percent, flags)
+    assert len(waits) == len(flags)
+
+
+def test_the_cell_before_is_not_foreign() -> None:
+    card = gpu(facts=GpuFacts(display_active=False), utilization_percent=50.0)
+
+    def sleep(seconds: float) -> None:
+        card.utilization = 0.0
+
+    assert foreign_gpu_activity(card, {1}, sleep) == (0.0, ())

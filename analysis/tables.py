@@ -1,0 +1,210 @@
+"""The two tables a sweep ends with: rows into numbers, without a word about how they look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from analysis.frames import numbers, records
+from analysis.pair import KEY, cells
+from analysis.table import Field, Table
+from analysis.verdicts import verdicts
+from tasks.row import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+
+LEGEND_INTERVAL = "+-: 95 % interval over rounds (isolated processes), not over samples."
+LEGEND_VERDICT = (
+    "faster, slower: beyond the margin and significant after Holm's correction over this table; same: within the "
+    "margin; ~ N %: indistinguishable, a true difference of N % would be found in 80 %; ?: no verdict, see the note."
+)
+LEGEND_MARKS = (
+    "x: throughput relative to the same hardware's own baseline; + faster, - slower, = the same within the margin, "
+    "~ indistinguishable, ? no verdict."
+)
+QUALITY = (("kl_divergence", "KL"), ("perplexity", "ppl"), ("accuracy", "accuracy"), ("top1_agreement", "top-1"))
+_NUMBERS = (
+    "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
+    "throughput_per_s_lo", "throughput_per_s_hi", "energy_j_per_unit", "perplexity", "kl_divergence", "accuracy",
+    "top1_agreement", "mbu", "mfu",
+)  # fmt: skip
+_COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")
+
+
+def comparison_table(
+    frame: pd.DataFrame, samples: pd.DataFrame | None = None, floor: float | Mapping[str, float] = 0.0
+) -> Table:
+    """Every cell with memory, latency, throughput, speed-up against its baseline, energy and quality.
+
+    The speed-up is baseline over cell in median latency, from pairs within blocks. A cell without numbers shows its
+    outcome in their place and the reason in its notes.
+    """
+    table = _compared(frame, "latency_ms_p50", samples, floor)
+    inverse = {"speedup": "ratio", "speedup_lo": "hi", "speedup_hi": "lo"}
+    for name, source in inverse.items():
+        table[name] = 1 / table[source]
+    table["notes"] = [_notes(row) for row in records(table)]
+    order = [
+        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", *_NUMBERS,
+        "throughput_unit", *inverse, *_COMPARED, "is_baseline", "simulated", "notes", *KEY,
+    ]  # fmt: skip
+    table = table[[name for name in order if name in table]].reset_index(drop=True)
+    units = table["throughput_unit"].dropna().unique()
+    shared = units[0] if len(units) == 1 else None
+    fields = [
+        Field(header="optimization", form="text", sources=("optimization",)),
+        Field(header="memory", form="bytes", sources=("memory_bytes",), word="outcome"),
+        Field(header="weights", form="bytes", sources=("model_bytes",), rank=2),
+        Field(header="latency ms", form="interval", sources=_interval("latency_ms_p50")),
+        Field(header="p95 ms", form="number", sources=("latency_ms_p95",), rank=1),
+        Field(
+            header=f"{shared}/s" if shared else "per second",
+            form="number",
+            sources=("throughput_per_s",),
+            unit=None if shared else "throughput_unit",
+        ),
+        Field(header="speed-up", form="ratio", sources=("speedup", "speedup_lo", "speedup_hi", "is_baseline")),
+        Field(header="verdict", form="verdict", sources=("verdict", "equivalent", "mde", "is_baseline", "speedup")),
+        Field(header=f"J/{shared or 'unit'}", form="number", sources=("energy_j_per_unit",)),
+        Field(header="ppl", form="number", sources=("perplexity",), rank=1),
+        Field(header="KL", form="number", sources=("kl_divergence",)),
+        Field(header="accuracy", form="percent", sources=("accuracy",), rank=1),
+        Field(header="MBU", form="percent", sources=("mbu",), rank=3),
+        Field(header="MFU", form="percent", sources=("mfu",), rank=4),
+    ]
+    return Table(
+        title="Comparison",
+        frame=table,
+        fields=_present(table, fields),
+        sections=("model", "workload_point", "hardware"),
+        notes="notes",
+        footnotes=(LEGEND_INTERVAL, LEGEND_VERDICT),
+    )
+
+
+def tradeoff_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> Table:
+    """Optimizations down, hardware across: memory, throughput over that hardware's own baseline, quality.
+
+    Simulated hardware says so in its heading and has no verdicts.
+    """
+    import pandas as pd
+
+    table = _compared(frame, "throughput_per_s", None, floor)
+    lines = ["model", "workload_point", "optimization"]
+    quality = next(((name, header) for name, header in QUALITY if name in table and table[name].notna().any()), None)
+    wide = table[lines].drop_duplicates().reset_index(drop=True)
+    fields = [Field(header="optimization", form="text", sources=("optimization",))]
+    notes: dict[tuple[Any, ...], list[str]] = {}
+    for hardware in table["hardware"].drop_duplicates():
+        part = table[table["hardware"] == hardware].drop_duplicates(lines, keep="last")
+        for row in records(part):
+            found = [f"{hardware}: {note}" for note in _notes(row, flags=False)]
+            notes.setdefault(tuple(row[name] for name in lines), []).extend(found)
+        names = {
+            "memory_bytes": "memory_bytes", "ratio": "ratio", "ratio_lo": "lo", "ratio_hi": "hi", "verdict": "verdict",
+            "equivalent": "equivalent", "is_baseline": "is_baseline", "outcome": "outcome", "simulated": "simulated",
+        }  # fmt: skip
+        if quality:
+            names[quality[0]] = quality[0]
+        renamed = pd.DataFrame({f"{hardware}.{name}": part[source] for name, source in names.items()})
+        wide = wide.merge(pd.concat([part[lines], renamed], axis=1), on=lines, how="left")
+
+        def of(*sources: str, hardware: str = hardware) -> tuple[str, ...]:
+            return tuple(f"{hardware}.{source}" for source in sources)
+
+        fields += [
+            Field(header="memory", form="bytes", sources=of("memory_bytes"), group=hardware, word=of("outcome")[0]),
+            Field(header="speed", form="marked_ratio", sources=of("ratio", "verdict", "equivalent", "is_baseline"),
+                  group=hardware),
+        ]  # fmt: skip
+        if quality:
+            fields.append(Field(header=quality[1], form="number", sources=of(quality[0]), group=hardware))
+    wide["notes"] = pd.Series([notes.get(tuple(row), []) for row in wide[lines].to_numpy()], dtype="object")
+    return Table(
+        title="Trade-off across hardware",
+        frame=wide,
+        fields=_present(wide, fields),
+        sections=("model", "workload_point"),
+        notes="notes",
+        footnotes=(LEGEND_MARKS,),
+    )
+
+
+def _compared(
+    frame: pd.DataFrame, metric: str, samples: pd.DataFrame | None, floor: float | Mapping[str, float]
+) -> pd.DataFrame:
+    """One line per cell with its verdict, columns guaranteed, baseline first in its group."""
+    import pandas as pd
+
+    table = cells(frame, samples)
+    judged = verdicts(frame, metric, floor).drop(columns=["baseline_id", "metric", "rounds"])
+    table = table.merge(judged, on=KEY, how="left")
+    table["memory_bytes"] = _memory(table)
+    for name in (*_NUMBERS, "ratio", "lo", "hi"):
+        table[name] = numbers(table, name)
+    if "throughput_unit" not in table:
+        table["throughput_unit"] = pd.Series(pd.NA, index=table.index, dtype="string")
+    table["is_baseline"] = (table["cell_id"] == table["baseline_id"]).fillna(False).astype(bool)
+    table["hardware"] = _hardware(table)
+    # In the plan's order, or that in which models, workload points and hardware first appear; short stacks first.
+    table["_techniques"] = [str(stack).count("+") for stack in table["optimization"]]
+    table["_planned"] = numbers(table, "plan_order")
+    table = table.sort_values("_planned", kind="stable")
+    for name in ("model", "workload_point", "hardware"):
+        table[f"_{name}"] = pd.factorize(table[name])[0]
+    table["_other"] = ~table["is_baseline"]
+    order = ["_model", "_workload_point", "_hardware", "_other", "_planned", "_techniques"]
+    return table.sort_values(order, kind="stable").drop(columns=order).reset_index(drop=True)
+
+
+def _memory(table: pd.DataFrame) -> pd.Series[Any]:
+    """Peak bytes where the cell ran: allocated on a CUDA device, resident on a CPU."""
+    device, host = numbers(table, "peak_allocated_bytes"), numbers(table, "peak_host_bytes")
+    if "device_kind" in table:
+        return host.where((table["device_kind"] == "cpu").fillna(False).astype(bool), device)
+    return device.where(device.notna(), host)
+
+
+def _hardware(table: pd.DataFrame) -> list[str]:
+    """The tag, told apart by result folder where two folders have the same, and marked where simulated."""
+    folders = table.groupby("hardware")["result_dir"].nunique()
+    labels = []
+    for tag, folder, simulated in zip(table["hardware"], table["result_dir"], table["simulated"], strict=True):
+        label = f"{tag} ({str(folder).rstrip('/').rpartition('/')[2]})" if folders.get(tag, 1) > 1 else str(tag)
+        labels.append(f"{label} (simulated)" if simulated else label)
+    return labels
+
+
+def _notes(row: dict[str, Any], flags: bool = True) -> list[str]:
+    """Remarks on one cell, most important first."""
+    notes = []
+    outcome, rounds = row["outcome"], row["rounds"]
+    if outcome != Outcome.OK:
+        some = "" if row["rounds_ok"] == 0 else f" in {row['outcomes'].get(outcome, 0)} of {rounds} rounds"
+        notes.append(f"{outcome}{some}: {row['reason'] or 'no reason given'}")
+    if flags:
+        for flag, count in sorted((row["flags"] or {}).items()):
+            notes.append(flag if count == rounds else f"{flag} in {count} of {rounds} rounds")
+    barred = row["barred"] if isinstance(row["barred"], list) else []
+    if row["rounds_ok"] and outcome == Outcome.OK:
+        if barred:
+            notes.append(f"no verdict: {', '.join(barred)}")
+        elif row["left_out"] == row["left_out"] and row["left_out"] > 0:
+            notes.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
+    return notes
+
+
+def _interval(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_lo", f"{name}_hi"
+
+
+def _present(table: pd.DataFrame, fields: list[Field]) -> tuple[Field, ...]:
+    """Without the columns that no row has a value for."""
+    always = ("text", "verdict", "marked_ratio")
+    return tuple(
+        field
+        for field in fields
+        if field.form in always or field.word or (field.sources[0] in table and table[field.sources[0]].notna().any())
+    )
