@@ -51,25 +51,28 @@ class Coverage:
 
 
 def coverage(frame: pd.DataFrame, plan: pd.DataFrame | None = None) -> Coverage:
-    """Count the plan's cells; without a plan, those that have rows.
+    """Count the plan's cells; without a plan, those that have rows (of several folders, each folder's own).
 
     Args:
         frame: rows as `load` gives them.
-        plan: as `load_plan` gives it, of the same result folder (or several, concatenated).
+        plan: as `load_plan` gives it, of the same, single result folder.
     """
-    found = {row["cell_id"]: row for row in records(cells(frame))} if len(frame) else {}
-    rounds: dict[str, int | None] = dict.fromkeys(found)
-    if plan is not None:
+    summaries = records(cells(frame)) if len(frame) else []
+    if plan is None:
+        found = {(row["result_dir"], row["cell_id"]): row for row in summaries}
+        rounds: dict[tuple[str, str], int | None] = dict.fromkeys(found)
+    else:
+        found = {("", row["cell_id"]): row for row in summaries}
         planned_rounds = column(plan, "rounds").astype("object")
         planned_rounds = planned_rounds.where(planned_rounds.notna(), None)
-        rounds = dict(zip(plan["cell_id"].tolist(), planned_rounds.tolist(), strict=True))
+        rounds = {("", cell): number for cell, number in zip(plan["cell_id"], planned_rounds, strict=True)}
     counts: dict[str, int] = {}
     missing = []
-    for cell_id, expected in rounds.items():
-        row = found.get(cell_id)
+    for key, expected in rounds.items():
+        row = found.get(key)
         if row is None:
             name = MISSING
-            missing.append(cell_id)
+            missing.append(key[1])
         else:
             name = str(row["outcome"])
             if name == Outcome.OK and expected is not None and row["rounds_ok"] < expected:

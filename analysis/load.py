@@ -80,6 +80,8 @@ def _folders(directories: Directories) -> list[Path]:
 
 
 def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
+    import pandas as pd
+
     frame = _typed(_read(folder / "rows"))
     if frame.empty:
         raise AnalysisError(f"{folder} holds no results: the Parquet files under {folder / 'rows'} are empty")
@@ -90,13 +92,14 @@ def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
     frame = frame.drop_duplicates(["cell_id", "round", "result_key"], keep="last")
     frame = _without_stale(frame, plan, reuse)
     frame = frame.drop_duplicates(["cell_id", "round"], keep="last")
-    frame = frame.sort_values(["started_at", "cell_id", "round"], kind="stable").reset_index(drop=True)
+    frame = frame.sort_values("started_at", kind="stable").reset_index(drop=True)
+    added = pd.DataFrame({"result_dir": pd.Series(str(folder), index=frame.index, dtype="string")})
     if plan is not None and "rounds" in plan:
         rounds = plan.drop_duplicates("cell_id").set_index("cell_id")["rounds"]
-        frame["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
+        added["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
         positions = {cell_id: position for position, cell_id in enumerate(rounds.index)}
-        frame["plan_order"] = frame["cell_id"].map(positions).astype("Int64")
-    return frame.assign(result_dir=str(folder)).astype({"result_dir": "string"})
+        added["plan_order"] = frame["cell_id"].map(positions).astype("Int64")
+    return pd.concat([frame, added], axis=1)  # at once: pandas warns of single insertions into a wide frame
 
 
 def _parts(folder: Path) -> list[Path]:

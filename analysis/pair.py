@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 KEY = ["result_dir", "cell_id"]
 # Findings that make a run unfit to decide which of two is faster; others are printed only. Names as rows flag them.
-BARRING_FLAGS = frozenset({"steal", "foreign_load", "foreign_process", "cpu_time_low", "cpu_starved", "aa_failed"})
+BARRING_FLAGS = frozenset({"steal", "foreign_load", "foreign_gpu_process", "cpu_starved", "aa_failed"})
 # Findings that widen the interval to what this machine shows between equals.
 WIDENING_FLAGS = frozenset({"interference"})
 # Most severe first: what went wrong unexpectedly, then what is a result.
@@ -57,8 +57,8 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     import pandas as pd
 
     value = numbers(frame, metric)
-    usable = frame.assign(value=value)[(frame["outcome"] == Outcome.OK).fillna(False).astype(bool) & (value > 0)]
-    usable = usable[["result_dir", "cell_id", "baseline_id", "round", "block_id", "value", "flags", "steady"]]
+    usable = frame[["result_dir", "cell_id", "baseline_id", "round", "block_id", "flags", "steady"]].assign(value=value)
+    usable = usable[(frame["outcome"] == Outcome.OK).fillna(False).astype(bool) & (value > 0)]
     references = usable[usable["cell_id"] == usable["baseline_id"]].drop_duplicates(
         ["result_dir", "block_id", "cell_id"], keep="last"
     )
@@ -69,9 +69,10 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
         suffixes=("", "_of_baseline"),
     )
     joined["log_ratio"] = np.log(joined["value"]) - np.log(joined["value_of_baseline"])
-    sides = list(
-        zip(joined["flags"], joined["steady"], joined["flags_of_baseline"], joined["steady_of_baseline"], strict=True)
+    steady, other_steady = (
+        joined[name].fillna(True).astype(bool).tolist() for name in ("steady", "steady_of_baseline")
     )
+    sides = list(zip(joined["flags"], steady, joined["flags_of_baseline"], other_steady, strict=True))
     joined["barred"] = pd.Series([_barred(*side) for side in sides], index=joined.index, dtype="object")
     joined["widened"] = [bool(WIDENING_FLAGS & {*flags, *other}) for flags, _, other, _ in sides]
     joined = joined.rename(columns={"value_of_baseline": "baseline_value"})
@@ -79,9 +80,9 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     return joined[[*names, "barred", "widened"]].sort_values([*KEY, "round"], kind="stable").reset_index(drop=True)
 
 
-def _barred(flags: Sequence[str], steady: object, of_baseline: Sequence[str], baseline_steady: object) -> list[str]:
-    found = sorted(BARRING_FLAGS & set(flags)) + (["not steady"] if steady is False else [])
-    others = sorted(BARRING_FLAGS & set(of_baseline)) + (["not steady"] if baseline_steady is False else [])
+def _barred(flags: Sequence[str], steady: bool, of_baseline: Sequence[str], baseline_steady: bool) -> list[str]:
+    found = sorted(BARRING_FLAGS & set(flags)) + (["not steady"] if not steady else [])
+    others = sorted(BARRING_FLAGS & set(of_baseline)) + (["not steady"] if not baseline_steady else [])
     return found + [f"baseline {reason}" for reason in others]
 
 
@@ -118,14 +119,15 @@ def cells(frame: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.DataFr
     ]
     floats = frame.loc[ok, shown].astype("float64")
     medians = floats.groupby([frame.loc[ok, name] for name in KEY], sort=False).median().reindex(result.index)
-    result = pd.concat([result, medians.drop(columns=[name for name in shown if name in result])], axis=1)
+    # The copy joins the single columns, of which pandas would warn at the next insertion.
+    result = pd.concat([result, medians.drop(columns=[name for name in shown if name in result])], axis=1).copy()
     for name in WITH_INTERVAL:
         if name in frame:
             bounds = [_log_interval(values) for values in _values(frame, ok, name, result.index)]
             result[f"{name}_lo"], result[f"{name}_hi"] = zip(*bounds, strict=True) if bounds else ((), ())
     if samples is not None and not samples.empty:
         _pool_percentiles(result, frame[ok], samples)
-    return result.reset_index()
+    return result.reset_index().copy()
 
 
 def _by_cell(frame: pd.DataFrame) -> Iterable[list[tuple[str, str | None, list[str], int | None]]]:
@@ -180,7 +182,7 @@ def _pool_percentiles(result: pd.DataFrame, measured: pd.DataFrame, samples: pd.
     series = series.merge(wanted, on=["result_dir", "cell_id", "round", "result_key"])
     key: Any
     for key, group in series.groupby(KEY, sort=False):
-        blocks = result.loc[key].get("sample_kind") == "block_mean"
+        blocks = str(result.loc[key].get("sample_kind")) == "block_mean"
         runs = [np.asarray(values, dtype=np.float64) for values in group["values_ms"] if len(values)]
         if not runs:
             continue

@@ -74,13 +74,14 @@ def comparison_table(
         Field(header="MBU", form="percent", sources=("mbu",), rank=3),
         Field(header="MFU", form="percent", sources=("mfu",), rank=4),
     ]
+    shown = _present(table, fields)
     return Table(
         title="Comparison",
         frame=table,
-        fields=_present(table, fields),
+        fields=shown,
         sections=("model", "workload_point", "hardware"),
         notes="notes",
-        footnotes=(LEGEND_INTERVAL, LEGEND_VERDICT),
+        footnotes=(LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else (),
     )
 
 
@@ -140,7 +141,7 @@ def _compared(
 
     table = cells(frame, samples)
     judged = verdicts(frame, metric, floor).drop(columns=["baseline_id", "metric", "rounds"])
-    table = table.merge(judged, on=KEY, how="left")
+    table = table.merge(judged, on=KEY, how="left").copy()
     table["memory_bytes"] = _memory(table)
     for name in (*_NUMBERS, "ratio", "lo", "hi"):
         table[name] = numbers(table, name)
@@ -201,10 +202,10 @@ def _interval(name: str) -> tuple[str, str, str]:
 
 
 def _present(table: pd.DataFrame, fields: list[Field]) -> tuple[Field, ...]:
-    """Without the columns that no row has a value for."""
-    always = ("text", "verdict", "marked_ratio")
-    return tuple(
-        field
-        for field in fields
-        if field.form in always or field.word or (field.sources[0] in table and table[field.sources[0]].notna().any())
-    )
+    """Without the columns that no row has a value for; a verdict is judged by its ratio, the last of its sources."""
+
+    def has_values(field: Field) -> bool:
+        name = field.sources[-1 if field.form == "verdict" else 0]
+        return name in table and bool(table[name].notna().any())
+
+    return tuple(field for field in fields if field.word or field.form in ("text", "marked_ratio") or has_values(field))

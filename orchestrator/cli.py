@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="benchmatrix", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -123,7 +123,10 @@ def run(
         out=out, address=address, overrides=tuple(set_), only=only, reuse=reuse.value, retry=_outcomes(retry),
         wait_nodes_s=seconds(wait_nodes), parallel_gpus=parallel_gpus,
     )  # fmt: skip
-    finished = execute(sweep, options)
+    try:
+        finished = execute(sweep, options)
+    except KeyboardInterrupt:  # before anything was measured; later ones are answered by `execute`
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if as_json:
         print(json.dumps(finished.document()))
     else:

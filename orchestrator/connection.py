@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 
 from orchestrator.guard import MARK, Guard
 
-_PREFIX = "benchmatrix-ray-"
+_PREFIX = "bench-ray-"
+_LONGEST_BASE = 20
+_REACH_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -54,7 +57,9 @@ def connect(address: str | None = None) -> Iterator[Connection]:
     check_imports()
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX)) if local else None
+    if address and not local:
+        _check_reachable(address)
+    folder = _private_folder() if local else None
     guard = Guard(folder) if folder else None
     _set_environment(local=local)
     import ray
@@ -84,11 +89,29 @@ def connect(address: str | None = None) -> Iterator[Connection]:
             guard.close()
 
 
+def _private_folder() -> Path:
+    """Ray's sockets lie 66 characters below it, and a socket's path has at most 107."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base if len(base) <= _LONGEST_BASE else "/tmp"))
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for two minutes before it says that nobody is there."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host or not port.isdigit():
+        return  # `auto`, `ray://...`: Ray's to resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except OSError as error:
+        raise ConnectionProblem(f"no Ray cluster can be reached at {address}: {error.strerror or error}") from error
+
+
 def _set_environment(*, local: bool) -> None:
     """What Ray reads before it is imported. Workers and their children inherit it from a local instance."""
     if local:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # once per process: Ray keeps the first token that it has seen, also for a second instance
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells its settings so
         os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")

@@ -30,6 +30,10 @@ class Work(Protocol):
         """The slots that exist now; returns messages for the person."""
         ...
 
+    def settle(self) -> None:
+        """Write the rows of what no device can run."""
+        ...
+
     def wants(self, slot: BenchSlot) -> int | None:
         """Position of the first group that this slot should serve next, None when there is none."""
         ...
@@ -154,6 +158,7 @@ class Dispatcher:
         for message in [*messages, *self.work.offer(offered)]:
             self.progress.say(message)
         self.progress.expect(self.work.runs())
+        self.work.settle()
 
     def _useful_accelerators(self, node: Node) -> int:
         """Equal accelerators of one node only help when they may run at the same time."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, TextIO
 
+from orchestrator.interrupt import EXIT_INTERRUPTED, Stop
 from orchestrator.planning import local_tag, planned_cells, read_sweep, search_path
 from orchestrator.sweep import LOCAL, Sweep, make_sweep
 
-EXIT_OK, EXIT_PROBLEMS, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")
 _FINE = {"ok", "oom", "unsupported"}
 
@@ -65,41 +62,6 @@ class Finished:
         }  # fmt: skip
 
 
-class Stop:
-    """First SIGINT or SIGTERM: finish the running cells. Second: end now; our processes die with this one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._progress: Any = None
-        self._terminal: TextIO | None = None
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    @contextmanager
-    def listening(self, progress: Any, terminal: TextIO) -> Iterator[None]:
-        self._progress, self._terminal = progress, terminal
-        try:
-            before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever called us from Python handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            self._progress.stop()
-            os._exit(EXIT_INTERRUPTED)
-        self.asked = True
-        # written directly: a handler may interrupt the console in the middle of a line
-        os.write(
-            self._terminal.fileno() if self._terminal else 2, b"\nfinishing the running cells; again to stop now\n"
-        )
-
-
 def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_to: TextIO | None = None) -> Finished:
     """Run what the result folder does not hold yet; raises `problems.bad_input` errors before anything starts."""
     loaded, folders = _load(sweep, options)
@@ -140,10 +102,11 @@ def _measure(
     cells = planned_cells(sweep, options.only, local_tag(probe()))
     with quiet(out / "log" / "driver.log") as terminal:
         stream = progress_to or terminal
-        with Progress(0, stream) as progress, stop.listening(progress, terminal):
+        with Progress(0, stream) as progress:
             for repair in store.repairs:
                 progress.say(repair)
-            with connect(options.address) as connection:
+            # listening after connecting: Ray installs handlers of its own
+            with connect(options.address) as connection, stop.listening(terminal, last_words=progress.stop):
                 patient = PatientStore(store, stopping=stop, say=progress.say)
                 settings = RunSettings(
                     sweep=sweep, run_id=run.run_id, ray_version=connection.ray_version, search_path=folders,

@@ -23,7 +23,7 @@ class Guard:
 
     def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", __file__, str(folder)],
+            [sys.executable, "-I", __file__, str(folder), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -41,15 +41,15 @@ class Guard:
             self._process.wait()
 
 
-def marked(folder: Path) -> list[int]:
-    """Processes of this instance, this one excepted: they inherited its mark, or hold files in its folder.
+def marked(folder: Path, driver: int) -> list[int]:
+    """Processes of this instance: they inherited its mark, or hold files in its folder; not guard and driver.
 
     Agents write their title over their environment; they are known by their log files.
     """
     mark, prefix = f"{MARK}={folder}".encode(), f"{folder}/"
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit() and int(entry.name) not in (os.getpid(), driver):
             try:
                 if mark in (entry / "environ").read_bytes().split(b"\0") or _holds(entry, prefix):
                     found.append(int(entry.name))
@@ -62,13 +62,13 @@ def _holds(entry: Path, prefix: str) -> bool:
     return any(str(link.readlink()).startswith(prefix) for link in (entry / "fd").iterdir())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, driver: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while os.read(0, 4096):
         pass
     deadline = time.monotonic() + _SWEEP_S
-    while (left := marked(folder)) and time.monotonic() < deadline:
+    while (left := marked(folder, driver)) and time.monotonic() < deadline:
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -79,4 +79,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -66,6 +66,7 @@ class SweepWork:
         self._has_row = {record["row"]["cell_id"] for record in records if record.get("kind") == "row"}
         self._quality_known: set[str] = set()
         self._planned = False
+        self._excluded: list[Placed] = []
         self.placed: dict[str, Placed] = {}
         self.measured = 0
         self.reused_runs = 0
@@ -88,9 +89,9 @@ class SweepWork:
         if newcomers or not self._planned:
             self._write_plan(self.plan_rows())
             self._planned = True
-        for item in newcomers:
-            if not item.to_run:
-                self._settle(item.planned, Outcome.UNSUPPORTED, item.reason or "")
+        self._excluded += [
+            item for item in newcomers if not item.to_run and item.planned.cell.cell_id not in self._has_row
+        ]
         groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
         if groups:
             ledger = self._decide(groups, self._settings.retry)
@@ -100,6 +101,11 @@ class SweepWork:
             if self._groups[group_id].blocks:
                 self._free[self._groups[group_id].hardware].append(group_id)
         return self._unplaced_messages(placed)
+
+    def settle(self) -> None:
+        for item in self._excluded:
+            self._settle(item.planned, Outcome.UNSUPPORTED, item.reason or "")
+        self._excluded = []
 
     def wants(self, slot: BenchSlot) -> int | None:
         bound = self._bound.get(slot.slot_id)
@@ -121,7 +127,8 @@ class SweepWork:
             bound.popleft()
         self._store.note(
             "block", block_id=block.block_id, group_id=block.group_id, round=block.round, slot=slot.slot_id,
-            machine_key=slot.node.report.machine_key,
+            machine_key=slot.node.report.machine_key, cells=len(block.cells),
+            group=f"{block.cells[0].model.id} {block.cells[0].workload}",
         )  # fmt: skip
         self._under_way += len(block.cells)
         return [self._job(group, block, cell, order, slot) for order, cell in enumerate(block.cells)]

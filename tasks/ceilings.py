@@ -122,10 +122,10 @@ def _typical_s(call: Callable[[], Any], device: torch.device) -> float:
     torch.cuda.synchronize()
     while time.perf_counter() - began < least or len(samples) < 5:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         for _ in range(4):
             call()
-        stop.record()  # type: ignore[no-untyped-call]
+        stop.record()
         torch.cuda.synchronize()
         samples.append(start.elapsed_time(stop) / 4e3)
     return median(samples)

@@ -34,13 +34,19 @@ PREIMPORTED = (
 )
 
 
+# Threads that a fork survives: jemalloc (in pyarrow, where something imports it) stops and restarts its own around it.
+HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
+
+
 def unready() -> str | None:
     """Why a child must not be forked from this process now, or None."""
     torch = sys.modules["torch"]
     if torch.cuda.is_initialized():
         return "CUDA is initialised in the server"
-    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208 - the names are not needed
-    return f"the server has {threads} threads" if threads != 1 else None
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir() if int(task.name) != os.getpid()]
+    others = sorted(set(names) - HARMLESS_THREADS)
+    return f"the server has other threads: {', '.join(others)}" if others else None
 
 
 def _release_blocked() -> None:

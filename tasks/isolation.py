@@ -242,6 +242,7 @@ def _base_environment(extra: dict[str, str]) -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # pyarrow's own allocator would start a thread
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         **extra,

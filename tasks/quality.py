@@ -32,7 +32,7 @@ WINDOW = 512
 LARGE_VOCABULARY = 65_536
 LARGE_VOCABULARY_TOKENS = 2_000
 IMAGES, IMAGE_BATCH = 64, 16
-VERSION = 2  # raised when the way of judging changes: older references and readings are not reused
+VERSION = 3  # raised when the way of judging changes: older references and readings are not reused
 
 
 @dataclass(frozen=True, kw_only=True)

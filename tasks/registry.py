@@ -7,13 +7,11 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any
 
 from tasks.metric import Metric
 from tasks.optimization import FAMILIES, Optimization
 from tasks.workload import Workload
-
-T = TypeVar("T", Optimization, Workload, Metric)
 
 
 class RegistryError(RuntimeError):
@@ -50,9 +48,9 @@ def metric_classes() -> dict[str, type[Metric]]:
     return {cls.name: cls for cls in _classes("tasks.metrics", Metric)}
 
 
-def _classes(package: str, base: type[T]) -> list[type[T]]:
+def _classes(package: str, base: Any) -> list[Any]:
     """Concrete subclasses of `base` defined in the package's modules; `_private` modules hold shared code."""
-    found: dict[str, type[T]] = {}
+    found: dict[str, Any] = {}
     for module_info in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda m: m.name):
         if module_info.name.startswith("_"):
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
 from typing import Any
@@ -226,12 +228,10 @@ class Row:
 
 
 def _checked(column: Column, value: Any) -> Any:
-    if isinstance(value, bool) != (column.type == "bool") or not isinstance(value, _PYTHON[column.type]):
+    fits = isinstance(value, _PYTHON[column.type]) and isinstance(value, bool) == (column.type == "bool")
+    if not fits:
         raise TypeError(f"column {column.name} holds {column.type}, got {type(value).__name__}: {value!r}")
-    if column.type == "float":
-        value = float(value)
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError(f"column {column.name} is not finite: use Missing with a reason")
-    if column.type == "strings":
-        return [str(item) for item in value]
-    return str(value) if column.type == "string" else value
+    if column.type == "float" and not math.isfinite(value):
+        raise ValueError(f"column {column.name} is not finite: use Missing with a reason")
+    convert: dict[str, Callable[[Any], Any]] = {"float": float, "string": str, "strings": lambda v: [str(i) for i in v]}
+    return convert.get(column.type, lambda same: same)(value)

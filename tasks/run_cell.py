@@ -32,8 +32,8 @@ def run_cell(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, 
     life = _Life(job, row, phase_file)
     try:
         life.live()
-    except Unsupported as reason:
-        row.set(outcome=Outcome.UNSUPPORTED, reason=str(reason))
+    except Unsupported as refusal:
+        row.set(outcome=Outcome.UNSUPPORTED, reason=str(refusal))
     except Exception as error:
         traceback.print_exc()
         outcome, reason = classify(error)
@@ -88,6 +88,10 @@ class _Life:
     def _load(self, session: Session) -> None:
         from tasks.models.load import load
 
+        if session.on_cuda:
+            import torch
+
+            torch.cuda.init()
         for technique, chosen in session.techniques:
             technique.load(session.load_options, chosen, session)
         if session.workload.needs_model:
@@ -191,7 +195,9 @@ def _collector_off() -> Iterator[None]:
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
 )
-_NO_KERNEL = re.compile(r"no available kernel|no viable backend|not implemented for|no kernel found", re.I)
+_NO_KERNEL = re.compile(
+    r"no available kernel|no viable backend|not implemented for|no kernel found|does not support an attention", re.I
+)
 
 
 def classify(error: Exception) -> tuple[Outcome, str]:
@@ -199,7 +205,7 @@ def classify(error: Exception) -> tuple[Outcome, str]:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         return Outcome.OOM, text or "host memory exhausted"
-    if isinstance(error, (RuntimeError, NotImplementedError)) and _NO_KERNEL.search(text):
+    if isinstance(error, (RuntimeError, NotImplementedError, ValueError)) and _NO_KERNEL.search(text):
         return Outcome.UNSUPPORTED, text
     return Outcome.ERROR, f"{type(error).__name__}: {text}"
 

@@ -54,6 +54,7 @@ class Timings:
     steady: bool = False
     stop_reason: str = "budget"
     halfwidth: float | None = None
+    issue_shares: list[float] = field(default_factory=list)  # host time to issue a segment over its whole time
     throughput: Throughput = field(default_factory=Throughput)
     energy: EnergyReading | Missing | None = None
     before: Compilation = field(default_factory=Compilation)  # at the end of warm-up
@@ -156,7 +157,7 @@ class Passes:
                 nonlocal used
                 event = pool[used] if used < len(pool) else torch.cuda.Event(enable_timing=True)
                 used += 1
-                event.record()  # type: ignore[no-untyped-call]
+                event.record()
                 events.append((label, event))
 
             mark("start")
@@ -220,10 +221,12 @@ class Passes:
     def _host_call(self) -> dict[str, list[float]]:
         """One call (or block) with a synchronised clock reading per segment; milliseconds by label."""
         synchronize, block = self.session.synchronize, self.timings.block
+        issued: list[int] = []
         times: list[int] = []
         labels: list[str] = []
 
         def mark(label: str) -> None:
+            issued.append(time.perf_counter_ns())
             synchronize()
             times.append(time.perf_counter_ns())
             labels.append(label)
@@ -235,8 +238,12 @@ class Passes:
             self.step.run(index, _ignore)
         self.step.run(indices[-1], mark)
         result: dict[str, list[float]] = {}
-        for label, (before, after) in zip(labels, itertools.pairwise([started, *times]), strict=True):
+        shares = []
+        for label, given, (before, after) in zip(labels, issued, itertools.pairwise([started, *times]), strict=True):
             result.setdefault(label, []).append((after - before) / 1e6 / block)
+            if label == self.step.primary:
+                shares.append((given - before) / (after - before))
+        self.timings.issue_shares.append(median(shares))
         return result
 
     def _choose_block(self, recent_ms: list[float]) -> None:

@@ -21,7 +21,8 @@ def decimals(value: float, digits: int = 3) -> int:
     """Digits after the point that show `digits` significant ones."""
     if value == 0:
         return 0
-    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{abs(value):.{digits - 1}e}")  # 9.996 has the decimals of 10.0
+    return max(0, digits - 1 - math.floor(math.log10(rounded)))
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -96,8 +96,8 @@ def bytes_read_per_token(session: Session) -> float:
         total -= embedding.weight.nbytes
     point = session.job.cell.workload
     cache = session.step.cache_bytes()  # type: ignore[union-attr]
-    longest = point["prompt_tokens"] + point["new_tokens"]
-    return total + cache * (point["prompt_tokens"] + point["new_tokens"] / 2) / longest
+    prompt, new = int(point["prompt_tokens"]), int(point["new_tokens"])
+    return total + float(cache) * (prompt + new / 2) / (prompt + new)
 
 
 def _flops(session: Session) -> float | Missing:
@@ -124,7 +124,7 @@ def count_flops(session: Session) -> float | Missing:
     """FLOPs of one primary segment of the reference, on the meta device."""
     point = session.job.cell.workload
     if point.kind == "attention":
-        return 4.0 * point["batch_size"] * point["heads"] * point["sequence_length"] ** 2 * point["head_size"]
+        return float(4 * point["batch_size"] * point["heads"] * point["sequence_length"] ** 2 * point["head_size"])
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +143,7 @@ def count_flops(session: Session) -> float | Missing:
             longer, shorter = (
                 _language_flops(model, point["batch_size"], length, logits=0) for length in (middle, middle - 1)
             )
-            head = 2.0 * point["batch_size"] * session.loaded.config.get_text_config().vocab_size * _width(model)
+            head = 2.0 * int(point["batch_size"]) * int(model.get_output_embeddings().weight.numel())
             return _attention_row(model, longer, shorter, point["batch_size"], middle) + head
         if point.kind == "forward":
             size = point["image_size"]
@@ -157,10 +157,6 @@ def count_flops(session: Session) -> float | Missing:
                 _loss(model, point).backward()
             return float(counter.get_total_flops())
     return Missing(reason=f"nobody has said how to count {point.kind}")
-
-
-def _width(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[1])
 
 
 def _language_flops(model: Any, batch: int, length: int, logits: int) -> float:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 PERCENTILES = (50, 95, 99)
+LAUNCH_BOUND = 0.9
 
 
 def _float(name: str, doc: str, interval: bool = False) -> Column:
@@ -31,6 +32,9 @@ class Latency(Metric):
         Column(name="outliers_mild", type="int", doc="samples beyond 1.5 interquartile ranges"),
         Column(name="outliers_severe", type="int", doc="samples beyond 3 interquartile ranges"),
         _float("device_ms_p50", "median time between events on the stream", interval=True),
+        _float(
+            "issue_share", "host time to issue a segment over its whole time: near 1, the device waits for the host"
+        ),
         _float("time_to_first_token_ms", "median, prompt to first token, synchronised"),
         _float("time_per_output_token_ms", "median of the further tokens, synchronised"),
         _float("request_ms", "first token and all further ones"),
@@ -70,15 +74,14 @@ def _percentile(values: list[float], percentile: int, block: int) -> float | Mis
 def _device(session: Session) -> dict[str, Any]:
     assert session.timings is not None and session.step is not None
     if not session.on_cuda:
-        return {"device_ms_p50": Missing(reason="no device stream on a CPU")}
+        return dict.fromkeys(("device_ms_p50", "issue_share"), Missing(reason="no device stream on a CPU"))
     values = session.timings.values("device", session.step.primary)
     if not values:
-        return {"device_ms_p50": Missing(reason="the device pass was not reached")}
-    device, host = median(values), session.row["latency_ms_p50"]
-    host = median(session.timings.values("latency", session.step.primary)) if host is None else host
-    if host > 1.10 * device and session.timings.block == 1:
+        return dict.fromkeys(("device_ms_p50", "issue_share"), Missing(reason="the device pass was not reached"))
+    share = median(session.timings.issue_shares)
+    if share > LAUNCH_BOUND:
         session.row.flag("launch_bound")
-    return {"device_ms_p50": device, "device_ms_p50_n": len(values)}
+    return {"device_ms_p50": median(values), "device_ms_p50_n": len(values), "issue_share": share}
 
 
 def _request(session: Session) -> dict[str, Any]:

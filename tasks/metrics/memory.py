@@ -57,7 +57,7 @@ class Memory(Metric):
     def _reset(self, session: Session) -> None:
         import torch
 
-        if session.on_cuda:
+        if session.on_cuda and torch.cuda.is_initialized():
             torch.cuda.synchronize()
             if session.step is None or session.settings.compile is None:
                 # with CUDA graphs alive the cache holds their pools, which must stay

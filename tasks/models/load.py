@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.cell import ModelSpec
+from tasks.cell import ModelSpec, digest
 from tasks.models.identity import POCKET, ModelError, checkpoint_folder, random_config, refuse_unsafe
 from tasks.optimization import LoadOptions
 
 if TYPE_CHECKING:
     import torch
 
-# Makes the replacement of one linear layer: (name, in_features, out_features, bias, dtype, device) -> module
-LinearFactory = Callable[[str, int, int, bool, "torch.dtype", "torch.device"], "torch.nn.Module | None"]
+# Makes the replacement of one linear layer: (name, the layer with its random weights) -> module, or the layer itself
+LinearFactory = Callable[[str, "torch.nn.Linear"], "torch.nn.Module"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,28 +85,30 @@ def build_random(
 ) -> Any:
     """A model with seeded random weights, made on `device` in `dtype`.
 
-    With a `linear_factory` the linear layers inside the blocks are made by it one at a time, so that the
-    full-precision model never exists.
+    Linear layers are made one at a time, they and convolutions each seeded by name: every stack gets the same weights
+    but for rounding, whatever its dtype or compression, and with a `linear_factory` the full-precision model never
+    exists.
     """
     import torch
 
     torch.manual_seed(seed)
     keywords = {"attn_implementation": attention} if attention else {}
-    if linear_factory is None:
-        with torch.device(device):
-            return auto_class(config).from_config(config, dtype=dtype, **keywords).eval()
     with _linears_on_meta(), torch.device(device):
         model = auto_class(config).from_config(config, dtype=dtype, **keywords)
     spread = getattr(config, "initializer_range", 0.02)
+    tied = getattr(model, "all_tied_weights_keys", {})  # made as what they are tied to
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
-            made = linear_factory(name, module.in_features, module.out_features, module.bias is not None, dtype, device)
-            if made is None:
-                made = torch.nn.Linear(
-                    module.in_features, module.out_features, bias=module.bias is not None, device=device, dtype=dtype
-                )
-                torch.nn.init.normal_(made.weight, std=spread)
-            model.set_submodule(name, made)
+        if isinstance(module, torch.nn.Linear) and module.weight.is_meta and f"{name}.weight" not in tied:
+            torch.manual_seed(int(digest([seed, name]), 16) >> 1)
+            made = module.to_empty(device=device).to(dtype)
+            torch.nn.init.normal_(made.weight, std=spread)
+            if made.bias is not None:
+                torch.nn.init.zeros_(made.bias)
+            if linear_factory is not None:
+                model.set_submodule(name, linear_factory(name, made))
+        elif isinstance(module, torch.nn.Conv2d):
+            torch.manual_seed(int(digest([seed, name]), 16) >> 1)
+            torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model.tie_weights()
     return model.eval()
 
@@ -122,7 +124,7 @@ class _linears_on_meta:
         def on_meta(module: Any, *args: Any, **keywords: Any) -> None:
             original(module, *args, **{**keywords, "device": "meta"})
 
-        torch.nn.Linear.__init__ = on_meta  # type: ignore[method-assign]
+        torch.nn.Linear.__init__ = on_meta  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
         import torch
@@ -137,7 +139,7 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     if folder is not None:
         refuse_unsafe(folder, spec.trust_remote_code)
     where = str(folder or spec.reference)
-    common = {"trust_remote_code": spec.trust_remote_code, "local_files_only": folder is not None}
+    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "local_files_only": folder is not None}
     if spec.revision is not None:
         common["revision"] = spec.revision
     config = AutoConfig.from_pretrained(where, **common)

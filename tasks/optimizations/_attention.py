@@ -6,17 +6,36 @@ from collections import Counter
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tasks.models.identity import config_of
 from tasks.optimization import Evidence, LoadOptions, Optimization
 
 if TYPE_CHECKING:
-    from tasks.cell import Technique
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
     from tasks.session import Session
 
 
-class SdpaBackend(Optimization):
-    """One backend of `scaled_dot_product_attention`; `operators` are the ATen operators that it calls."""
+MATH = "_scaled_dot_product_attention_math"
+
+
+CONVOLUTIONAL = ("convnext", "convnextv2", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet")
+
+
+class AttentionKind(Optimization):
+    """One way to compute attention; networks that have none are refused."""
 
     family = "attention"
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        config = config_of(cell.model) or {}
+        if config.get("model_type") in CONVOLUTIONAL:
+            return f"{self.name} chooses a way to compute attention, {cell.model.id} has no attention"
+        return super().unsupported(cell, device)
+
+
+class SdpaBackend(AttentionKind):
+    """One backend of `scaled_dot_product_attention`; `operators` are the ATen operators that it calls."""
+
     backend: ClassVar[str]
     operators: ClassVar[tuple[str, ...]]
 
@@ -39,19 +58,28 @@ class SdpaBackend(Optimization):
 
 
 def attention_operators(session: Session) -> Counter[str]:
-    """Fused attention operators of one call, run eagerly: name without namespace -> times called.
+    """Attention operators of one call, run eagerly: name without namespace -> times called, backward ones included.
 
-    The math path decomposes into products and a softmax and is listed as `_softmax` when nothing fused was called.
+    The math path decomposes into products and a softmax: without a fused operator it is listed under its own name when
+    `scaled_dot_product_attention` was asked for, and as `_softmax` when attention was written out.
     """
     import torch
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     called: Counter[str] = Counter()
     softmax: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
 
-    class Listener(TorchDispatchMode):  # type: ignore[misc]
+    class Questions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                asked[MATH] += 1
+            return func(*args, **(kwargs or {}))
+
+    class Listener(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = func._schema.name.split("::")[-1]
+            name = func._schema.name.split("::")[-1].removesuffix("_backward")
             if name in ("_softmax", "_safe_softmax"):
                 softmax["_softmax"] += 1
             elif name.startswith("_scaled_dot_product") or "flash_attention" in name:
@@ -65,6 +93,6 @@ def attention_operators(session: Session) -> Counter[str]:
             return func(*args, **(kwargs or {}))
 
     assert session.step is not None
-    with torch.compiler.set_stance("force_eager"), Listener():
+    with torch.compiler.set_stance("force_eager"), Questions(), Listener():  # type: ignore[no-untyped-call]
         session.step.run(0, lambda _label: None)
-    return called or softmax
+    return called or asked or softmax

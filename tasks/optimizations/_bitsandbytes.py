@@ -42,16 +42,10 @@ class BitsAndBytes(Optimization):
 
         options.quantization = BitsAndBytesConfig(**self.config(options.dtype))
 
-    def _random_linear(
-        self, name: str, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> torch.nn.Module | None:
-        import torch
-
+    def _random_linear(self, name: str, linear: torch.nn.Linear) -> torch.nn.Module:
         if "lm_head" in name:
-            return None
-        linear = torch.nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
-        torch.nn.init.normal_(linear.weight, std=0.02)
-        return self.quantized(linear, dtype, device)
+            return linear
+        return self.quantized(linear, linear.weight.dtype, linear.weight.device)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         kinds: Counter[str] = Counter()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tasks.optimization import Evidence, LoadOptions, Optimization
-from tasks.optimizations._attention import attention_operators
+from tasks.optimization import Evidence, LoadOptions
+from tasks.optimizations._attention import AttentionKind, attention_operators
 
 if TYPE_CHECKING:
     from tasks.cell import Technique
     from tasks.session import Session
 
 
-class Eager(Optimization):
+class Eager(AttentionKind):
     name = "eager"
-    family = "attention"
     summary = "attention written out, scores in memory"
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:

@@ -1,10 +1,10 @@
 """PyTorch's reference implementation behind `scaled_dot_product_attention`."""
 
-from tasks.optimizations._attention import SdpaBackend
+from tasks.optimizations._attention import MATH, SdpaBackend
 
 
 class SdpaMath(SdpaBackend):
     name = "sdpa-math"
     summary = "scaled_dot_product_attention, math backend"
     backend = "MATH"
-    operators = ("_softmax", "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps")
+    operators = (MATH,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 
 from tasks.cell import Cell, ModelSpec, Stack, Technique, WorkloadPoint
+
+settings.register_profile("seeded", deadline=None, derandomize=True)
+settings.load_profile("seeded")
 
 STACKS = ("baseline", "bf16", "bf16+sdpa-flash", "nf4")
 Row = dict[str, Any]
@@ -113,6 +118,22 @@ def write_plan(directory: Path, cells: Sequence[Cell], rounds: int = 5, **more: 
     pq.write_table(pa.Table.from_pylist(lines), directory / "plan.parquet")
 
 
+def write_samples(directory: Path, cell: Cell, rounds: int, values: Callable[[int], Sequence[float]]) -> None:
+    lines = [
+        {
+            "cell_id": cell.cell_id,
+            "round": round_,
+            "result_key": f"{cell.cell_id}-torch213",
+            "measured_in": "latency",
+            "label": "call",
+            "values_ms": list(values(round_)),
+        }
+        for round_ in range(rounds)
+    ]
+    (directory / "samples").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(lines), directory / "samples" / "part-00000.parquet")
+
+
 @pytest.fixture
 def loaded(tmp_path: Path) -> Callable[..., pd.DataFrame]:
     """Rows -> the frame that `load` makes of them after a way through Parquet."""
@@ -122,3 +143,11 @@ def loaded(tmp_path: Path) -> Callable[..., pd.DataFrame]:
         return load(write_parts(tmp_path / name, rows))
 
     return through_parquet
+
+
+@pytest.fixture
+def build() -> SimpleNamespace:
+    """The builders above: tests are not a package, so they cannot import each other."""
+    return SimpleNamespace(
+        cell=make_cell, row=make_row, sweep=make_sweep, parts=write_parts, plan=write_plan, samples=write_samples
+    )

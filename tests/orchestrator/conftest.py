@@ -33,7 +33,7 @@ class RayletCluster:
     def __init__(self) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        os.environ["RAY_worker_niceness"] = "0"
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
         from ray.cluster_utils import Cluster
 
         # the head carries no tag of its own that a test asks for, and no test kills it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ class TestDriver:
     ) -> None:
         out, sweep = tmp_path / "out", sweep_file(SWEEP % "local")
         first = command("run", sweep, "--out", out)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", first)
+        tools.wait_for(lambda: len(rows(out, tools)) == 3, 90, "the middle of the second block", first)
         family = tools.descendants(first.pid)
         assert len(family) > 3
         first.kill()
@@ -57,11 +58,10 @@ class TestDriver:
         stdout, stderr = again.communicate(timeout=120)
         assert again.returncode == 0, stderr
         document = json.loads(stdout.splitlines()[-1])
-        # a baseline is measured again with the rest of its block's cells, never another cell
         found = rows(out, tools)
         assert found[: len(kept)] == kept
-        repeated = [row for row in found[len(kept) :] if row["cell_id"] in {old["cell_id"] for old in kept}]
-        assert all(row["optimization"] == "baseline" for row in repeated)
+        # the block that was cut is finished as a new block with a fresh baseline; the whole one is left alone
+        assert not [row for row in found[len(kept) :] if row["group_id"] == kept[0]["group_id"]]
         assert document["outcomes"] == {"ok": 4}
         assert_complete(out, tools, 4)
         assert not list(out.glob(".lock"))
@@ -91,9 +91,9 @@ class TestDriver:
         process = command("run", sweep_file(SWEEP % "local"), "--out", out)
         tools.wait_for(lambda: tools.journal(out, "block"), 90, "the first block", process)
         family = tools.descendants(process.pid)
-        process.send_signal(signal.SIGTERM)
-        tools.wait_for(lambda: True, 1)
-        process.send_signal(signal.SIGTERM)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
         process.communicate(timeout=10)
         assert process.returncode == 130
         tools.wait_for(lambda: not [p for p in family if alive(p)], 10, "the end of every process")
@@ -152,7 +152,7 @@ class TestCluster:
             "run", sweep_file(SWEEP % "rtx4060"), "--out", out, "--address", cluster.address, "--wait-nodes", "2m",
             "--only", "sequence_length=16",
         )  # fmt: skip
-        tools.wait_for(lambda: tools.journal(out, "run"), 60, "the start", process)
+        tools.wait_for(lambda: (out / "plan.parquet").exists(), 60, "the plan", process)
         cluster.add("rtx4060")
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr

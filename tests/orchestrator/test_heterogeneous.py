@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -81,7 +82,7 @@ def test_no_two_runs_share_a_slot(finished: Any) -> None:
     assert len(intervals) == len(TAGS)
     for slot, spans in intervals.items():
         spans.sort()
-        for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (begin, _) in pairwise(spans):
             # started_at is taken inside the isolated process, wall_s begins just before it
             assert end - begin < timedelta(seconds=0.8), slot
 

@@ -1,0 +1,177 @@
+"""Prints result folders: the tables a sweep ends with, and where a sweep stands while it runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.durable import StoreError
+from orchestrator.journal import read_journal
+from orchestrator.progress import duration
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.table import Table
+
+
+def print_results(directories: Sequence[Path]) -> None:
+    """What `run` ends with: comparison, trade-off where there are several kinds of hardware, coverage, the path."""
+    frame, samples = _load(directories)
+    _print(_comparison(frame, samples), "terminal")
+    if frame["hardware"].nunique() > 1:
+        from analysis.tables import tradeoff_table
+
+        print()
+        _print(tradeoff_table(frame), "terminal")
+    print()
+    _print_coverage(directories, frame)
+
+
+def print_table(directories: Sequence[Path], kind: str, format_: str) -> None:
+    """One table of one or several result folders, in one format and nothing else."""
+    frame, samples = _load(directories)
+    if kind == "tradeoff":
+        from analysis.tables import tradeoff_table
+
+        _print(tradeoff_table(frame), format_)
+    else:
+        _print(_comparison(frame, samples), format_)
+
+
+def print_status(directory: Path) -> None:
+    """Coverage, what runs now and where, and the time left per hardware tag; from the journal, so also from afar."""
+    state = read_state(directory)
+    frame, _ = _load([directory])
+    _print_coverage([directory], frame)
+    if state.ended:
+        print(f"last run {state.run_id}: ended {state.ended}")
+    elif state.run_id is not None:
+        print(f"run {state.run_id}: {'under way' if _is_locked(directory) else 'cut short, start it again to resume'}")
+        for slot, text in sorted(state.running.items()):
+            print(f"  {slot}: {text}")
+    for tag, seconds in sorted(_seconds_left(directory, frame).items()):
+        print(f"  {tag}: about {duration(seconds)} of measuring left")
+    for text in state.faults[-5:]:
+        print(f"  fault: {text}")
+
+
+@dataclass(kw_only=True)
+class State:
+    """A journal's last run: what its slots do, and the faults that were met."""
+
+    run_id: str | None = None
+    ended: str | None = None
+    running: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def read_state(directory: Path) -> State:
+    path = directory / "journal.jsonl"
+    if not path.is_file():
+        raise StoreError(f"{directory} is no result folder: it has no journal.jsonl.")
+    state = State()
+    blocks: dict[str, dict[str, Any]] = {}
+    for record in read_journal(path):
+        match record["kind"]:
+            case "run":
+                state, blocks = State(run_id=record["run_id"]), {}
+            case "block":
+                blocks[record["slot"]] = record | {"done": 0}
+            case "row":
+                for block in blocks.values():
+                    block["done"] += block["block_id"] == record["row"].get("block_id")
+            case "fault":
+                state.faults.append(f"{record['slot']}: {record['reason']}")
+            case "end":
+                state.ended = f"{record['written_at']}, status {record['status']}"
+    for slot, block in blocks.items():
+        if block["done"] < block["cells"]:
+            since = datetime.now(UTC) - datetime.fromisoformat(block["written_at"])
+            state.running[slot] = (
+                f"round {block['round']} of {block['group']}, {block['done']} of {block['cells']} cells, "
+                f"{duration(since.total_seconds())}"
+            )
+    return state
+
+
+def _load(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    from analysis.load import load, load_samples
+
+    frame = load(list(directories))
+    return frame, load_samples(directories[0]) if len(directories) == 1 else None
+
+
+def _comparison(frame: pd.DataFrame, samples: pd.DataFrame | None) -> Table:
+    from analysis.tables import comparison_table
+
+    return comparison_table(frame, samples)
+
+
+def _print(table: Table, format_: str) -> None:
+    from analysis.render import print_table, render
+
+    if format_ == "terminal":
+        print_table(table)
+    else:
+        sys.stdout.write(render(table, format_))
+
+
+def _print_coverage(directories: Sequence[Path], frame: pd.DataFrame) -> None:
+    from analysis.coverage import coverage
+    from analysis.load import load_plan
+
+    counted = coverage(frame, load_plan(directories[0]) if len(directories) == 1 else None)
+    print(counted.line())
+    if counted.time_line():
+        print(counted.time_line())
+    print(f"results: {', '.join(str(directory) for directory in directories)}")
+
+
+def _seconds_left(directory: Path, frame: pd.DataFrame) -> dict[str, float]:
+    """Hardware tag -> missing runs times the mean wall time of its runs so far."""
+    from analysis.load import load_plan
+
+    plan = load_plan(directory)
+    if plan is None:
+        return {}
+    rounds = {str(cell_id): int(number) for cell_id, number in frame.groupby("cell_id")["round"].nunique().items()}
+    missing: dict[str, int] = defaultdict(int)
+    for cell_id, tag, wanted, decision in zip(
+        plan["cell_id"], plan["hardware"], plan["rounds"], plan["decision"], strict=True
+    ):
+        if decision in ("run", "does_not_fit"):
+            missing[tag] += max(int(wanted) - rounds.get(cell_id, 0), 0)
+    times = {
+        tag: mean(values)
+        for tag in missing
+        if (values := frame.loc[frame["hardware"] == tag, "wall_s"].dropna().tolist())
+    }
+    return {tag: number * times[tag] for tag, number in missing.items() if number and tag in times}
+
+
+def _is_locked(directory: Path) -> bool:
+    """Whether a driver holds the folder now; looks twice, since taking over a dead lock takes a moment."""
+    import fcntl
+    import os
+
+    for _ in range(2):
+        try:
+            descriptor = os.open(directory / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,210 @@
+"""Shared by the tests of the measuring core: tiny models, jobs for them, live sessions in this process, one supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.cell import NO_MODEL, Cell, ModelSpec, Scalar, Stack, WorkloadPoint
+from tasks.device import DeviceInfo
+from tasks.job import PROFILES, CellJob
+from tasks.metric import Phase
+from tasks.registry import metric_classes, optimizations, workloads
+from tasks.session import Session
+from tasks.stacks import parse_stack
+from tasks.supervisor import Supervisor
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "dtype": "float32",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    # far from zero, so that precision and tokens tell stacks apart
+    "initializer_range": 0.2,
+}
+TINY_RESNET = {
+    "model_type": "resnet",
+    "dtype": "float32",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32],
+    "depths": [1, 1],
+    "layer_type": "basic",
+    "num_labels": 10,
+}
+POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
+CPUS = tuple(sorted(os.sched_getaffinity(0)))
+PACKAGES = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")}
+INSTANT = "instant"  # a profile for passes inside the test process
+
+
+class Bench:
+    """Makes cells of tiny models, and brings them to life."""
+
+    POCKET = POCKET
+    CPUS = CPUS
+    INSTANT = INSTANT
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.language = self.random_model("tiny-llama", TINY_LLAMA, "language")
+        self.vision = self.random_model("tiny-resnet", TINY_RESNET, "vision")
+
+    def random_model(self, name: str, config: dict[str, Any], kind: Any) -> ModelSpec:
+        path = self.folder / f"{name}.json"
+        path.write_text(json.dumps(config))
+        return ModelSpec(id=name, source="random", reference=str(path), kind=kind)
+
+    def factory(self, code: str, function: str = "make") -> tuple[ModelSpec, tuple[str, ...]]:
+        """A model of a module with this text, and the search path where it lies."""
+        number = len(list(self.folder.glob("brought_*.py")))
+        (self.folder / f"brought_{number}.py").write_text(code)
+        reference = f"brought_{number}:{function}"
+        return ModelSpec(id=reference, source="factory", reference=reference, kind="module"), (str(self.folder),)
+
+    def device(self, kind: Any = "cpu", **changes: Any) -> DeviceInfo:
+        cpu = {"kind": "cpu", "name": "a CPU", "tag": "cpu", "memory_bytes": 2**34, "packages": dict(PACKAGES)}
+        cuda = {
+            **cpu, "kind": "cuda", "name": "NVIDIA A100-SXM4-80GB", "tag": "a100-80gb", "memory_bytes": 80 * 2**30,
+            "uuid": "GPU-0", "compute_capability": (8, 0), "driver": "580",
+        }  # fmt: skip
+        return DeviceInfo(**{**(cpu if kind == "cpu" else cuda), **changes})
+
+    def point(self, kind: str, **changes: Scalar) -> WorkloadPoint:
+        """A point of the workload with small values of its axes."""
+        axes: dict[str, Scalar] = {}
+        for name, default in workloads()[kind].axes.items():
+            small = min(default, 2 if name == "batch_size" else 32) if type(default) is int else default
+            axes[name] = small
+        return WorkloadPoint(kind=kind, parameters=tuple(sorted({**axes, **changes}.items())))
+
+    def cell(self, kind: str = "prefill", stack: str = "baseline", model: ModelSpec | None = None, **axes: Any) -> Cell:
+        workload = workloads()[kind]
+        if model is None and workload.needs_model:
+            model = self.language if "language" in workload.model_kinds else self.vision
+        return Cell(
+            model=model or NO_MODEL, workload=self.point(kind, **axes), stack=parse_stack(stack), hardware="cpu"
+        )
+
+    def job(self, cell: Cell | None = None, **changes: Any) -> CellJob:
+        given: dict[str, Any] = {
+            "sweep": "tests", "cell": cell or self.cell("attention"), "hardware_requested": "local",
+            "device": self.device(), "profile": "quick", "round": 0, "block_id": "block", "order_in_round": 0,
+            "result_key": "key", "run_id": "run", "timeout_s": 60.0, "cpus": CPUS,
+            "artifact_dir": str(self.folder / "artifacts"),
+        }  # fmt: skip
+        return CellJob(**{**given, **changes})
+
+    @contextmanager
+    def live(self, job: CellJob, *, applied: str | None = None, calls: int = 2) -> Iterator[Session]:
+        """A session as `run_cell` makes it, after `calls` calls of its step, inside its contexts.
+
+        With `applied` another stack is loaded and applied than the cell says: a pretender.
+        """
+        import torch
+
+        from tasks.models.load import load
+        from tasks.row import Row
+
+        forget_compilations()
+        torch.set_num_threads(1)  # more would fight over cores with whatever else runs
+        torch.manual_seed(job.seed)
+        session = Session(job=job, device=torch.device(job.device.kind), row=Row())
+        stack: Stack = job.cell.stack if applied is None else parse_stack(applied)
+        chosen = [(optimizations()[item.name], item) for item in stack.techniques]
+        for technique, item in chosen:
+            technique.load(session.load_options, item, session)
+        if session.workload.needs_model:
+            session.loaded = load(job.cell.model, session.load_options, session.device, job.search_path)
+        for technique, item in chosen:
+            technique.apply(item, session)
+        session.step = session.workload.prepare(session)
+        with ExitStack() as contexts:
+            if not session.workload.training:
+                contexts.enter_context(torch.inference_mode())
+            for technique, item in chosen:
+                contexts.enter_context(technique.context(item, session))
+            for _ in range(calls):
+                session.step.run(0, _ignore)
+            yield session
+        forget_compilations()
+
+    @contextmanager
+    def measured(self, job: CellJob) -> Iterator[tuple[Session, dict[str, Any]]]:
+        """A live session after all passes of its profile, and its metrics by name, not yet collected."""
+        from tasks.timing import Passes
+
+        metrics = {name: cls() for name, cls in metric_classes().items()}
+        with self.live(job, calls=0) as session:
+            passes = Passes(session)
+            whole: dict[Phase, Callable[[], Any]] = {
+                Phase.LOAD: lambda: None,
+                Phase.FIRST_CALL: passes.first_call,
+                Phase.WARMUP: passes.warm_up,
+                Phase.LATENCY: passes.latency,
+                Phase.THROUGHPUT: passes.throughput,
+            }
+            for phase, run in whole.items():
+                for metric in metrics.values():
+                    metric.begin(phase, session)
+                run()
+                for metric in metrics.values():
+                    metric.end(phase, session)
+            yield session, metrics
+
+
+def forget_compilations() -> None:
+    """Dynamo counts for the whole process; a cell has its own, a test has not."""
+    import torch._dynamo.utils as utils
+
+    utils.clear_compilation_metrics()
+    utils.counters.clear()
+
+
+def _ignore(_label: str) -> None:
+    return
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    profile = replace(
+        PROFILES["quick"], name=INSTANT, warmup_min_s=0.05, warmup_max_s=1.0, latency_s=0.1, latency_max_s=0.4,
+        throughput_s=0.15, energy_window_s=0.2,
+    )  # fmt: skip
+    PROFILES[INSTANT] = profile
+    yield Bench(tmp_path_factory.mktemp("bench"))
+    del PROFILES[INSTANT]
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """What precision techniques set for the whole process is as before afterwards."""
+    import torch
+
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.get_num_threads())
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.set_num_threads(before[2])
+
+
+@pytest.fixture(scope="session")
+def supervisor(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> Iterator[Supervisor]:
+    """One CPU bench slot with its fork server for the whole run: the server takes 10 s to start."""
+    folder = tmp_path_factory.mktemp("slot")
+    slot = Supervisor(bench.device(), cpus=CPUS, log_path=folder / "slot.log", work_dir=folder / "work")
+    slot.start()
+    yield slot
+    slot.close()

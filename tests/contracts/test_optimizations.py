@@ -1,0 +1,283 @@
+"""What every technique promises: sane metadata, refusals that name their reason, effect, and evidence that cannot lie."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from tasks.cell import Cell, ModelSpec
+from tasks.optimization import FAMILIES, Evidence, Optimization
+from tasks.registry import optimizations, workloads
+from tasks.stacks import parse_stack, unsupported
+
+# Inductor imports torch's own TorchScript helpers, which warn since Python 3.11 has a newer way.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+TECHNIQUES = sorted(optimizations())
+MODEL_KINDS = ("language", "vision", "module")
+
+# Relative distance of the outputs from the fp32 reference (fp32, attention written out), by family. Rounding of bf16
+# is 0.4 % per number and of a 4-bit weight about 10 %; everything else computes the same thing in another order.
+TOLERANCE = {"precision": 0.03, "compression": 0.10, "attention": 1e-5, "kv-cache": 1e-5, "compile": 1e-4}
+# Techniques that the model has as published and the library by default, on a CPU: no evidence can tell them from none.
+DEFAULTS = {"fp32", "dynamic-cache", "sdpa-flash"}
+# What only a CUDA device can prove; tests/gpu does.
+PROVEN_ON_CUDA = {"tf32"}
+
+
+def usual_workload(technique: Optimization) -> str:
+    return technique.needs.workloads[0] if technique.needs.workloads else "prefill"
+
+
+def cell_for(bench: Any, name: str, workload: str | None = None, precision: str = "") -> Cell:
+    """A cell with the technique; compression needs trained weights to be near anything."""
+    technique = optimizations()[name]
+    kind = workload or usual_workload(technique)
+    model = bench.POCKET if technique.family == "compression" else None
+    return bench.cell(kind, f"{precision}+{name}" if precision else name, model)
+
+
+def runs_here(bench: Any, cell: Cell) -> bool:
+    return unsupported(cell, bench.device()) is None
+
+
+def proof(name: str, session: Any) -> Evidence:
+    stack = parse_stack(name)
+    return optimizations()[stack.names()[0]].evidence(stack.techniques[0], session)
+
+
+def output(session: Any) -> Any:
+    """What the step of any workload leaves, as one fp32 tensor."""
+    found = next(
+        value
+        for key in ("logits", "output", "first_loss", "tokens")
+        if (value := getattr(session.step, key, None)) is not None
+    )
+    return getattr(found, "logits", found).float().clone()
+
+
+def distance(a: Any, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+class TestMetadata:
+    def test_is_complete(self, name: str) -> None:
+        technique = optimizations()[name]
+        assert technique.name == name
+        assert technique.family in FAMILIES
+        assert technique.summary
+        assert "\n" not in technique.summary
+        assert len(technique.summary) <= 100
+        assert inspect.getdoc(inspect.getmodule(technique)), "its file says what it is"
+        assert not set(name) & set("+:,= "), "the name stands in stacks"
+
+    def test_options_have_types_and_choices(self, name: str) -> None:
+        technique = optimizations()[name]
+        for key, default in technique.options.items():
+            assert isinstance(default, str | int | float | bool), key
+            if key in technique.choices:
+                assert default in technique.choices[key]
+                assert {type(choice) for choice in technique.choices[key]} == {type(default)}
+        assert set(technique.choices) <= set(technique.options)
+
+    def test_needs_name_what_exists(self, name: str) -> None:
+        needs = optimizations()[name].needs
+        assert set(needs.workloads) <= set(workloads())
+        assert set(needs.model_kinds) <= {*MODEL_KINDS, "none"}
+        assert set(needs.devices) <= {"cuda", "cpu"}
+
+    def test_every_spelling_is_one_stack(self, name: str) -> None:
+        technique = optimizations()[name]
+        spelled = name + "".join(f":{key}={default}" for key, default in list(technique.options.items())[:1])
+        assert str(parse_stack(spelled)) == name, "defaults are dropped"
+        for key, choices in technique.choices.items():
+            for choice in choices:
+                assert str(parse_stack(str(parse_stack(f"{name}:{key}={choice}")))) == str(
+                    parse_stack(f"{name}:{key}={choice}")
+                )
+
+    def test_environment_is_text(self, name: str) -> None:
+        (chosen,) = parse_stack(name).techniques
+        variables = optimizations()[name].environment(chosen)
+        assert all(isinstance(key, str) and isinstance(value, str) for key, value in variables.items())
+
+
+def one_sentence(reason: str | None) -> str:
+    assert reason
+    assert "\n" not in reason
+    assert len(reason) < 200
+    return reason
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+class TestRefusal:
+    def test_wrong_device(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        for kind in {"cuda", "cpu"} - set(technique.needs.devices or ("cuda", "cpu")):
+            reason = one_sentence(technique.unsupported(cell_for(bench, name), bench.device(kind)))
+            assert name in reason
+            assert kind in reason
+
+    def test_old_card(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        if technique.needs.compute_capability is None:
+            pytest.skip("any card will do")
+        old = bench.device("cuda", name="Tesla P4", tag="p4", compute_capability=(6, 1))
+        reason = one_sentence(technique.unsupported(cell_for(bench, name), old))
+        assert "6.1" in reason
+        assert "Tesla P4" in reason
+
+    def test_wrong_workload(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        for kind in set(workloads()) - set(technique.needs.workloads or workloads()):
+            reason = one_sentence(technique.unsupported(bench.cell(kind, name), bench.device("cuda")))
+            assert name in reason
+            assert kind in reason
+
+    def test_wrong_model_kind(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        for kind in set(MODEL_KINDS) - set(technique.needs.model_kinds or MODEL_KINDS):
+            model = ModelSpec(id="odd-one", source="hub", reference="a/b", kind=kind)  # type: ignore[arg-type]
+            cell = bench.cell(usual_workload(technique), name, model)
+            reason = one_sentence(technique.unsupported(cell, bench.device("cuda")))
+            assert "odd-one" in reason
+            assert kind in reason
+
+    def test_missing_package(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        device = technique.needs.devices[0] if technique.needs.devices else "cuda"
+        for package in technique.needs.packages:
+            rest = {key: "1" for key in technique.needs.packages if key != package}
+            reason = one_sentence(technique.unsupported(cell_for(bench, name), bench.device(device, packages=rest)))
+            assert package in reason
+            assert "pip install" in reason
+
+    def test_has_some_device(self, bench: Any, name: str) -> None:
+        cell = cell_for(bench, name, precision="bf16" if optimizations()[name].family == "attention" else "")
+        assert runs_here(bench, cell) or unsupported(cell, bench.device("cuda")) is None
+
+
+def test_attention_without_attention_is_refused(bench: Any) -> None:
+    for name in [name for name in TECHNIQUES if optimizations()[name].family == "attention"]:
+        cell = bench.cell("forward", f"bf16+{name}")
+        for kind in ("cpu", "cuda"):
+            assert name in one_sentence(unsupported(cell, bench.device(kind)))
+
+
+def applicable(workload: str) -> list[str]:
+    """Techniques whose effect on this workload is checked here; compilation on the smallest only, it takes seconds."""
+    known = optimizations()
+    return [
+        name
+        for name in TECHNIQUES
+        if workload in (known[name].needs.workloads or workloads())
+        and (known[name].family != "compile" or workload == "attention")
+        and (known[name].family != "attention" or workload != "forward")
+    ]
+
+
+@pytest.mark.usefixtures("torch_settings")
+class TestEffect:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reference(cls, bench: Any) -> Any:
+        known: dict[tuple[str, str], Any] = {}
+
+        def of(cell: Cell) -> Any:
+            key = (cell.workload.kind, cell.model.id)
+            if key not in known:
+                stack = "fp32" if cell.model.kind == "vision" else "fp32+eager"
+                with bench.live(bench.job(bench.cell(cell.workload.kind, stack, cell.model))) as session:
+                    known[key] = output(session)
+            return known[key]
+
+        return of
+
+    @pytest.mark.parametrize(
+        ("workload", "name"), [(workload, name) for workload in sorted(workloads()) for name in applicable(workload)]
+    )
+    def test_took_effect_and_is_near_the_reference(self, bench: Any, reference: Any, workload: str, name: str) -> None:
+        cell = cell_for(bench, name, workload)
+        if not runs_here(bench, cell):
+            pytest.skip(str(unsupported(cell, bench.device())))
+        family = optimizations()[name].family
+        if workload == "decode" and family in ("precision", "compression"):
+            pytest.skip("greedy tokens of a rounded model may part for good: prefill shows its logits")
+        with bench.live(bench.job(cell)) as session:
+            evidence = proof(name, session)
+            assert evidence.ok, evidence.facts
+            assert session.step is not None
+            assert session.step.problems() == []
+            assert distance(output(session), reference(cell)) < TOLERANCE[family]
+
+    @pytest.mark.parametrize("name", [n for n in TECHNIQUES if optimizations()[n].family in ("kv-cache", "attention")])
+    def test_same_tokens_in_fp32(self, bench: Any, reference: Any, name: str) -> None:
+        cell = cell_for(bench, name, "decode", precision="fp32")
+        if not runs_here(bench, cell):
+            pytest.skip(str(unsupported(cell, bench.device())))
+        with bench.live(bench.job(cell)) as session:
+            assert output(session).equal(reference(cell)), "greedy tokens in fp32 do not depend on cache or kernel"
+
+
+def impostors(name: str) -> list[str]:
+    """Stacks of the same family, the empty one among them, that could pass for `name` on a CPU and are not it."""
+    known = optimizations()
+    others = [other for other in TECHNIQUES if known[other].family == known[name].family and other != name]
+    # tf32 on a CPU is fp32: no card, no TF32
+    others = [other for other in others if not known[other].needs.devices and other not in PROVEN_ON_CUDA]
+    return others + ([] if name in DEFAULTS else ["baseline"])
+
+
+@pytest.mark.usefixtures("torch_settings")
+class TestPretenders:
+    """The cell says one thing and another was loaded: evidence must not be fooled."""
+
+    @pytest.mark.parametrize(
+        ("name", "applied"),
+        [(name, applied) for name in TECHNIQUES if name not in PROVEN_ON_CUDA for applied in impostors(name)],
+    )
+    def test_is_caught(self, bench: Any, name: str, applied: str) -> None:
+        cell = cell_for(bench, name)
+        with bench.live(bench.job(cell), applied=applied) as session:
+            evidence = proof(name, session)
+        assert not evidence.ok, f"{applied} passes for {name}: {evidence.facts}"
+        assert evidence.facts, "what was seen instead is said"
+
+    @pytest.mark.parametrize("name", [n for n in TECHNIQUES if optimizations()[n].family == "precision"])
+    def test_is_caught_in_training(self, bench: Any, name: str) -> None:
+        if name in PROVEN_ON_CUDA:
+            pytest.skip("tests/gpu proves it")
+        applied = "bf16" if name != "bf16" else "fp32"
+        with bench.live(bench.job(bench.cell("train_step", name)), applied=applied) as session:
+            assert not proof(name, session).ok
+
+    @pytest.mark.parametrize("name", [n for n in TECHNIQUES if optimizations()[n].family in ("attention", "precision")])
+    def test_is_caught_in_the_kernel(self, bench: Any, name: str) -> None:
+        if name in PROVEN_ON_CUDA:
+            pytest.skip("tests/gpu proves it")
+        applied = {"attention": "eager", "precision": "bf16"}[optimizations()[name].family]
+        applied = {"eager": "sdpa-flash", "bf16": "fp32"}[applied] if applied == name else applied
+        with bench.live(bench.job(bench.cell("attention", name)), applied=applied) as session:
+            assert not proof(name, session).ok
+
+    def test_precision_of_one_weight(self, bench: Any) -> None:
+        """A single layer left in fp32 is no bf16 model."""
+        import torch
+
+        with bench.live(bench.job(bench.cell("prefill", "bf16"))) as session:
+            assert proof("bf16", session).ok
+            session.model.model.norm.to(torch.float32)
+            assert not proof("bf16", session).ok
+
+    @pytest.mark.parametrize("name", [n for n in TECHNIQUES if optimizations()[n].family == "compression"])
+    def test_compression_of_all_but_one_layer(self, bench: Any, name: str) -> None:
+        import torch
+
+        with bench.live(bench.job(cell_for(bench, name)), calls=0) as session:
+            assert proof(name, session).ok
+            block = session.model.model.layers[0].mlp
+            block.up_proj = torch.nn.Linear(block.up_proj.in_features, block.up_proj.out_features)
+            assert not proof(name, session).ok

@@ -1,0 +1,122 @@
+"""The command as a person calls it: exit status, what stands on which stream, and how fast bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = """
+name: tiny
+models: [pocket]
+workloads: [{kind: prefill, batch_size: 1, sequence_length: 16}]
+optimizations: [baseline, bf16, sdpa-cudnn]
+rounds: 2
+"""
+
+
+def benchmatrix(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        cwd=ROOT, text=True, capture_output=True, timeout=120, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+def test_help_loads_nothing_heavy() -> None:
+    modules = ", ".join(f"orchestrator.{name}" for name in ("cli", "execute", "planning", "work", "show", "machine"))
+    heavy = ("torch", "ray", "pandas", "pyarrow", "scipy", "transformers")
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert "comparison table" in benchmatrix("table", "--help").stdout
+
+
+class TestPlan:
+    def test_json_is_one_document(self, sweep: Path) -> None:
+        result = benchmatrix("plan", sweep, "--json", "--set", "hardware=[cpu, rtx3090]")
+        assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
+        document = json.loads(result.stdout)
+        assert set(document) == {"sweep", "cells", "estimated_s"}
+        assert set(document["cells"][0]) == {
+            "cell_id", "baseline_id", "model", "workload", "optimization", "hardware", "rounds", "decision", "reason",
+        }  # fmt: skip
+        decisions = {(cell["optimization"], cell["hardware"]): cell["decision"] for cell in document["cells"]}
+        assert decisions["bf16", "cpu"] == "run"
+        assert decisions["sdpa-cudnn", "cpu"] == "unsupported"
+        assert decisions["baseline", "rtx3090"] == "unplaced"
+        assert document["estimated_s"] > 0
+
+    def test_for_people(self, sweep: Path) -> None:
+        result = benchmatrix("plan", sweep, "--only", "optimization=bf16", "--set", "hardware=[cpu]")
+        assert "prefill[batch_size=1,sequence_length=16]" in result.stdout
+        assert "2 cells (2 run), 4 runs" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "no-such-sweep"), "no such file"),
+        (("run", "SWEEP", "--set", "optimizations=[bf61]"), "did you mean 'bf16'"),
+        (("run", "SWEEP", "--only", "optimisation=bf16"), "did you mean 'optimization'"),
+        (("run", "SWEEP", "--only", "model=absent"), "matches none"),
+        (("run", "SWEEP", "--retry", "eror"), "did you mean 'error'"),
+        (("run", "SWEEP", "--wait-nodes", "soon"), "not a time"),
+        (("plan", "SWEEP", "--set", "profile=quik"), "did you mean 'quick'"),
+        (("submit", "SWEEP", "--address", "http://127.0.0.1:1", "--out", "x", "--set", "seed=-1"), "seed"),
+        (("table", "no-such-folder"), "no-such-folder"),
+        (("status", "no-such-folder"), "no result folder"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: tuple[str, ...], message: str, sweep: Path, tmp_path: Path) -> None:
+    words = [str(sweep) if word == "SWEEP" else word for word in arguments]
+    words += ["--out", str(tmp_path / "out")] if words[0] == "run" else []
+    begin = time.monotonic()
+    result = benchmatrix(*words)
+    assert time.monotonic() - begin < 2.0
+    assert result.returncode == 2 and not result.stdout
+    assert message in " ".join(result.stderr.replace("│", " ").split()) and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cluster_there_is_one_sentence(sweep: Path, tmp_path: Path) -> None:
+    result = benchmatrix("nodes", "--address", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and "no Ray cluster can be reached at 127.0.0.1:1" in result.stderr
+
+
+def test_catalogue_tag_and_nodes() -> None:
+    assert "sdpa-flash" in (listed := benchmatrix("list").stdout) and "prefill" in listed
+    tag = benchmatrix("tag").stdout.strip()
+    (node,) = json.loads(benchmatrix("nodes", "--json").stdout)
+    assert tag == node["devices"][0]["tag"]
+
+
+@pytest.mark.slow
+def test_doctor_measures_and_gives_reasons() -> None:
+    result = benchmatrix("doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "yes bf16" in result.stdout
+    assert "no  " in result.stdout
+
+
+def test_run_from_python(sweep: Path, tmp_path: Path) -> None:
+    import orchestrator
+
+    finished = orchestrator.run(sweep, out=tmp_path / "out", overrides=("rounds=1", "quality=false"))
+    assert finished.status == 0
+    assert finished.outcomes == {"ok": 2, "unsupported": 1}
+    again = orchestrator.run(sweep, out=tmp_path / "out", overrides=("rounds=1", "quality=false"))
+    assert again.runs == 0 and again.outcomes == finished.outcomes

@@ -1,0 +1,186 @@
+"""What is left of a sweep, and who gets it: `SweepWork` over a real store, without Ray; signals and a full disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.expand import expand
+from orchestrator.interrupt import Stop
+from orchestrator.inventory import Node, bench_devices
+from orchestrator.patience import PatientStore
+from orchestrator.slots import BenchSlot
+from orchestrator.store import Store, StoreFull
+from orchestrator.sweep import make_sweep
+from orchestrator.work import RunSettings, SweepWork
+from tasks.identity import job_columns
+from tasks.job import CellJob, RunResult
+from tasks.probe import probe
+from tasks.row import Row
+
+SWEEP: dict[str, Any] = {
+    "name": "work",
+    "models": ["pocket"],
+    "workloads": [{"kind": "prefill", "batch_size": 1, "sequence_length": [16, 32]}],
+    "optimizations": ["baseline", "bf16", "sdpa-cudnn"],
+    "hardware": ["a100", "rtx3090"],
+    "rounds": 2,
+}
+
+
+class Bench:
+    """A store, the work over it, and slots on pretended nodes."""
+
+    def __init__(self, folder: Path, *tags: str) -> None:
+        self.store = Store.open(folder)
+        self.sweep = make_sweep(SWEEP)
+        self.settled: list[dict[str, Any]] = []
+        patient = PatientStore(self.store, stopping=lambda: False, say=print)
+        self.work = SweepWork(
+            expand(self.sweep, "cpu"), patient, self.store.records,
+            RunSettings(sweep=self.sweep, run_id="run", ray_version="2.60.0"),
+            settled=self.settled.append, write_plan=self.store.write_plan,
+        )  # fmt: skip
+        self.nodes = [self.node(f"{number}-{tag}", tag) for number, tag in enumerate(tags)]
+        self.messages = self.offer()
+
+    @staticmethod
+    def node(node_id: str, tag: str) -> Node:
+        return Node(node_id=node_id, address="", accelerators=1, report=probe(tag, 1, cards=[]))
+
+    def offer(self) -> list[str]:
+        messages = self.work.offer(bench_devices(self.nodes))
+        self.work.settle()
+        return messages
+
+    def slot(self, number: int) -> BenchSlot:
+        node = self.nodes[number]
+        return BenchSlot(slot_id=node.node_id, node=node, device=node.devices[0])
+
+    def finish(self, job: CellJob, outcome: str = "ok") -> None:
+        row = Row()
+        row.set(**job_columns(job), outcome=outcome, reason=None if outcome == "ok" else "a reason")
+        self.work.done(job, RunResult(row=row.to_dict()))
+
+    def finish_all(self, number: int) -> list[CellJob]:
+        done: list[CellJob] = []
+        while self.work.wants(self.slot(number)) is not None:
+            for job in self.work.take(self.slot(number)):
+                self.finish(job)
+                done.append(job)
+        return done
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def test_a_group_stays_on_one_machine_and_equal_machines_share_groups(folder: Path) -> None:
+    bench = Bench(folder, "a100", "a100", "rtx3090")
+    first, second = bench.work.take(bench.slot(0)), bench.work.take(bench.slot(1))
+    assert {job.cell.group_id for job in first}.isdisjoint(job.cell.group_id for job in second)
+    assert {job.cell.hardware for job in first + second} == {"a100"}
+    (again,) = {job.cell.group_id for job in bench.work.take(bench.slot(0))}
+    assert again == first[0].cell.group_id
+    assert bench.work.wants(bench.slot(0)) is None and bench.work.wants(bench.slot(2)) is not None
+    bench.store.close()
+
+
+def test_every_run_once_and_rows_for_what_cannot_run(folder: Path) -> None:
+    bench = Bench(folder, "a100", "rtx3090")
+    assert bench.work.runs() == 4 + 4 * 2 * 2
+    jobs = bench.finish_all(0) + bench.finish_all(1)
+    assert len({(job.cell.cell_id, job.round) for job in jobs}) == len(jobs) == 16
+    assert [row["outcome"] for row in bench.settled] == ["unsupported"] * 4
+    assert all("sdpa-cudnn needs cuda" in row["reason"] for row in bench.settled)
+    assert not bench.work.left() and bench.work.runs() == 20
+    assert bench.work.outcomes() == {"ok": 8, "unsupported": 4}
+    bench.store.close()
+    again = Bench(folder, "a100", "rtx3090")
+    assert not again.work.left() and again.work.runs() == 0 and not again.settled
+    assert again.work.reused_runs == 16 and again.work.outcomes() == {"ok": 8, "unsupported": 4}
+    again.store.close()
+
+
+def test_quality_is_measured_once_per_cell(folder: Path) -> None:
+    bench = Bench(folder, "a100")
+    jobs = bench.finish_all(0)
+    assert sum(job.quality for job in jobs) == len({job.cell.cell_id for job in jobs})
+    assert all(job.round == 0 for job in jobs if job.quality)
+    bench.store.close()
+
+
+def test_a_broken_block_is_finished_as_a_new_one_elsewhere(folder: Path) -> None:
+    bench = Bench(folder, "a100", "a100")
+    block = bench.work.take(bench.slot(0))
+    bench.finish(block[0])
+    bench.work.broken(bench.slot(0), block[1:])
+    order = [job for job in bench.finish_all(1) if job.cell.group_id == block[0].cell.group_id]
+    assert min(job.round for job in order) == 1
+    assert {job.block_id for job in order}.isdisjoint({block[0].block_id})
+    assert bench.work.outcomes()["ok"] == 4
+    bench.store.close()
+
+
+def test_a_tag_that_nobody_has_is_said_at_once_and_can_still_come(folder: Path) -> None:
+    bench = Bench(folder, "a100")
+    assert bench.messages == ["no device is tagged 'rtx3090'; tags here: a100, cpu: 6 cells unplaced"]
+    bench.finish_all(0)
+    assert bench.work.left()
+    bench.nodes.append(bench.node("late", "rtx3090"))
+    assert bench.offer() == []
+    assert len(bench.finish_all(1)) == 8
+    assert not bench.work.left()
+    bench.store.close()
+
+
+def test_giving_up_writes_what_is_missing(folder: Path) -> None:
+    bench = Bench(folder, "a100")
+    bench.finish_all(0)
+    bench.work.give_up("nobody came")
+    assert bench.work.outcomes() == {"ok": 4, "unsupported": 2, "unplaced": 6}
+    bench.store.close()
+    later = Bench(folder, "a100", "rtx3090")
+    jobs = later.finish_all(1)
+    assert {job.round for job in jobs} == {1, 2}, "the unplaced rows have taken round 0"
+    assert later.work.outcomes() == {"ok": 8, "unsupported": 4}
+    later.store.close()
+
+
+def test_a_full_disk_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.patience._PAUSE_S", 0.01)
+    said: list[str] = []
+    failures: Iterator[int] = iter(range(3))
+
+    class Full(Store):
+        def note(self, kind: str, **fields: Any) -> None:
+            if next(failures, None) is not None:
+                raise StoreFull("No space left to write x.")
+            super().note(kind, **fields)
+
+    with Full.open(folder) as store:
+        PatientStore(store, stopping=lambda: False, say=said.append).note("run")
+    assert said == ["No space left to write x. Waiting for space."]
+    with Store.open(folder) as store:
+        assert [record["kind"] for record in store.records] == ["run"]
+
+
+def test_first_signal_is_heard_while_python_is_blocked(capfd: pytest.CaptureFixture[str]) -> None:
+    import sys
+
+    stop = Stop()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.listening(sys.__stderr__, last_words=lambda: None):  # type: ignore[arg-type]
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "finishing the running cells" in capfd.readouterr().err

@@ -1,0 +1,106 @@
+"""What the driver makes of Ray's list of nodes, on a real instance and on plain entries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.inventory import Inventory, Node, bench_devices, declared_accelerators, declared_tag
+from orchestrator.runner import undo_ray
+from tasks.probe import NodeReport, probe
+
+LOCAL = probe()
+
+
+def node(node_id: str, tag: str | None, accelerators: int, report: NodeReport | None = None) -> Node:
+    report = report or probe(tag, accelerators, cards=[])
+    return Node(node_id=node_id, address="", accelerators=accelerators, report=report)
+
+
+@pytest.mark.parametrize(
+    ("entry", "tag", "accelerators"),
+    [
+        ({"Labels": {"bench/hw": "rtx3090"}, "Resources": {"GPU": 2.0}}, "rtx3090", 2),
+        ({"Labels": {}, "Resources": {"CPU": 4.0, "hw:a100-80gb": 1.0}}, "a100-80gb", 0),
+        ({"Resources": {"GPU": 1.0}}, None, 1),
+        ({"Labels": {"bench/hw": "cpu"}, "Resources": {"hw:gpu": 1.0}}, "cpu", 0),
+    ],
+)
+def test_what_a_node_declares(entry: dict[str, dict[str, str]], tag: str | None, accelerators: int) -> None:
+    assert declared_tag(entry) == tag
+    assert declared_accelerators(entry) == accelerators
+
+
+def tags(*nodes: Node) -> list[tuple[str, str]]:
+    return [(node.node_id, device.tag) for node, device in bench_devices(nodes)]
+
+
+def test_cpu_of_an_accelerator_node_serves_only_where_no_other_is() -> None:
+    gpu_node, cpu_node = node("a", "a100", 1), node("b", "cpu", 0)
+    assert tags(gpu_node) == [("a", "a100"), ("a", "cpu")]
+    assert tags(gpu_node, cpu_node) == [("a", "a100"), ("b", "cpu")]
+
+
+def test_accelerators_that_ray_was_not_told_of_are_left_alone() -> None:
+    seen = replace(
+        LOCAL, devices=(replace(LOCAL.devices[-1], kind="cuda", tag="h200", uuid="GPU-1"), LOCAL.devices[-1])
+    )
+    assert tags(node("a", None, 0, seen)) == [("a", "cpu")]
+    assert tags(node("a", None, 1, seen)) == [("a", "h200"), ("a", "cpu")]
+
+
+@pytest.fixture(scope="module")
+def instance() -> Iterator[tuple[Inventory, list[int]]]:
+    from orchestrator.connection import connect
+
+    with connect() as connection:
+        assert connection.local
+        inventory = Inventory()
+        inventory.settle()
+        yield inventory, [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+def test_local_instance_is_this_machine(instance: tuple[Inventory, list[int]]) -> None:
+    inventory, _ = instance
+    (found,) = inventory.nodes.values()
+    assert found.report.machine_key == LOCAL.machine_key
+    assert [device.tag for device in found.devices][-1] == "cpu"
+    assert inventory.refresh().joined == [] and not inventory.pending()
+
+
+def test_a_worker_is_as_the_driver_was(instance: tuple[Inventory, list[int]]) -> None:
+    import ray
+
+    state = ray.get(ray.remote(undo_ray).options(num_cpus=0).remote())
+    assert state["nice"] == os.getpriority(os.PRIO_PROCESS, 0)
+    if os.geteuid() == 0:
+        assert state["oom_score_adj"] == 500
+
+
+def test_nothing_is_left_of_a_local_instance() -> None:
+    """In a process of its own, since this one may hold an instance already."""
+    import subprocess
+    import sys
+    import tempfile
+
+    code = (
+        "import psutil\n"
+        "from orchestrator.connection import connect\n"
+        "with connect():\n"
+        "    family = psutil.Process().children(recursive=True)\n"
+        "print(len(family), [p for p in family if p.is_running() and p.status() != 'zombie'])\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short: Ray's sockets lie below it
+        result = subprocess.run(
+            [sys.executable, "-c", code], text=True, capture_output=True, timeout=60, check=False,
+            cwd=Path(__file__).resolve().parents[2], env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
+        assert result.returncode == 0 and result.stderr == ""
+        assert list(Path(folder).iterdir()) == []
+    count, left = result.stdout.split(maxsplit=1)
+    assert int(count) > 3 and left.strip() == "[]"
