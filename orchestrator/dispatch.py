@@ -6,11 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.inventory import Inventory, Node, bench_devices, is_accelerator
+from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
 from orchestrator.slots import MAX_STARTS, BenchSlot, Phase, close_all
+from orchestrator.work import SweepWork
 from tasks.device import DeviceInfo
 from tasks.job import CellJob, RunResult
 
@@ -23,62 +25,13 @@ TICK_S = 1.0
 QUIET_TICK_S = 5.0
 
 
-class Work(Protocol):
-    """What is left to measure, as the dispatcher asks for it; `orchestrator.work.SweepWork` is the real one."""
-
-    def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
-        """The slots that exist now; returns messages for the person."""
-        ...
-
-    def settle(self) -> None:
-        """Write the rows of what no device can run."""
-        ...
-
-    def wants(self, slot: BenchSlot) -> int | None:
-        """Position of the first group that this slot should serve next, None when there is none."""
-        ...
-
-    def take(self, slot: BenchSlot) -> list[CellJob]:
-        """The runs of the next block for this slot, in order; empty when there is none."""
-        ...
-
-    def done(self, job: CellJob, result: RunResult) -> None:
-        """A run has its row."""
-        ...
-
-    def broken(self, slot: BenchSlot, unfinished: list[CellJob]) -> None:
-        """The slot is lost: its groups are free, and what its block had not finished is decided anew."""
-        ...
-
-    def give_up(self, reason: str) -> None:
-        """Nobody is left to serve the rest: write its rows."""
-        ...
-
-    def left(self) -> bool:
-        """Whether a slot that can exist would have something to do."""
-        ...
-
-    def obituary(self, job: CellJob, reason: str) -> RunResult:
-        """The row of a run that no runner survived."""
-        ...
-
-    def runs(self) -> int:
-        """Rows that the sweep will have when all is done."""
-        ...
-
-
-class Journal(Protocol):
-    def note(self, kind: str, **fields: Any) -> None: ...
-    def tick(self) -> None: ...
-
-
 @dataclass(kw_only=True)
 class Dispatcher:
     """Runs `work` on the slots of `inventory` until `stopping` says that only the running cells are to be finished."""
 
-    work: Work
+    work: SweepWork
     inventory: Inventory
-    journal: Journal
+    journal: PatientStore
     progress: Progress
     stopping: Callable[[], bool]
     static: bool

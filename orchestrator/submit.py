@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 import shlex
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,17 +17,6 @@ from typing import Any, TextIO
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("orchestrator", "tasks", "analysis")
-LEFT_OUT = [
-    ".git",
-    ".venv",
-    "results",
-    "tests",
-    "docs",
-    ".ruff_cache",
-    ".mypy_cache",
-    ".pytest_cache",
-    "**/__pycache__",
-]
 NEEDS = "submit needs Ray's job client: pip install 'ray[default]>=2.57.1' (or this project with its extra 'cluster')"
 # `ray job stop` sends SIGTERM and, without this, SIGKILL 3 s later: too soon to finish the running cells.
 STOP_WAIT_S = "900"
@@ -46,19 +38,22 @@ class Submission:
 
 def submit(submission: Submission, stream: TextIO) -> int:
     """Submit and follow; the exit status is 0 when the job succeeded or was left running, 1 when it failed."""
+    if not Path(submission.out).is_absolute():
+        raise SubmitError(
+            f"--out {submission.out}: give an absolute path on the cluster's head; a job's own folder is removed"
+        )
     client = _client(submission.address)
-    working_dir, sweep = _shipped(submission.sweep)
-    arguments = ["run", sweep, "--out", submission.out, *submission.options]
-    job_id = client.submit_job(
-        entrypoint=f"python -m orchestrator {shlex.join(arguments)}",
-        entrypoint_num_cpus=0,
-        runtime_env={
-            "working_dir": str(working_dir),
-            "excludes": LEFT_OUT,
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"},
-        },
-        metadata={"benchmatrix_out": submission.out},
-    )
+    with tempfile.TemporaryDirectory(prefix="benchmatrix-submit-") as folder:
+        arguments = ["run", _stage(submission.sweep, Path(folder)), "--out", submission.out, *submission.options]
+        job_id = client.submit_job(
+            entrypoint=f"python -m orchestrator {shlex.join(arguments)}",
+            entrypoint_num_cpus=0,
+            runtime_env={
+                "working_dir": folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"},
+            },
+            metadata={"benchmatrix_out": submission.out},
+        )
     print(f"job {job_id} on {submission.address}; Ctrl-C detaches, the job goes on", file=stream)
     try:
         asyncio.run(_follow(client, job_id, stream))
@@ -84,6 +79,8 @@ def _client(address: str) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise SubmitError(f"{NEEDS} ({error})") from None
+    for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they set INFO for themselves when imported
     try:
         return JobSubmissionClient(address)
     except Exception as error:
@@ -91,15 +88,17 @@ def _client(address: str) -> Any:
         raise SubmitError(f"no Ray dashboard can be reached at {address}: {type(error).__name__}: {text}") from error
 
 
-def _shipped(sweep: str) -> tuple[Path, str]:
-    """The folder to ship and the sweep's name inside it. A sweep outside this project is copied into `sweeps`."""
-    path = Path(sweep)
-    if not path.exists():
-        return PROJECT, sweep
-    resolved = path.resolve()
-    if resolved.is_relative_to(PROJECT):
-        return PROJECT, str(resolved.relative_to(PROJECT))
-    raise SubmitError(f"{sweep} lies outside {PROJECT}, which is what is shipped: move it there")
+def _stage(sweep: str, folder: Path) -> str:
+    """Copy what the job needs: our packages, and the sweep unless it is a shipped one. Returns the sweep's name there.
+
+    Checkpoints and model factories beside the sweep are not copied: they must lie on the nodes.
+    """
+    for name in PACKAGES:
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    if not Path(sweep).is_file():
+        return sweep
+    shutil.copy(sweep, folder)
+    return Path(sweep).name
 
 
 async def _follow(client: Any, job_id: str, stream: TextIO) -> None:

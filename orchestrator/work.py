@@ -46,7 +46,7 @@ class _GroupWork:
 
 
 class SweepWork:
-    """Implements `dispatch.Work` over a plan, a ledger and a store. All of a group's blocks go to one slot."""
+    """A plan, its ledger and its store, as the dispatcher asks for them. All of a group's blocks go to one slot."""
 
     def __init__(
         self, planned: Sequence[PlannedCell], store: PatientStore, records: Records, settings: RunSettings, *,
@@ -63,7 +63,10 @@ class SweepWork:
         self._bound: dict[str, deque[str]] = defaultdict(deque)
         self._machines: list[tuple[Node, DeviceInfo]] = []
         self._recorded: list[dict[str, Any]] = []
-        self._has_row = {record["row"]["cell_id"] for record in records if record.get("kind") == "row"}
+        self._newest: dict[str, tuple[int, str]] = {}
+        for record in records:
+            if record.get("kind") == "row":
+                self._remember(record["row"])
         self._quality_known: set[str] = set()
         self._planned = False
         self._excluded: list[Placed] = []
@@ -90,7 +93,7 @@ class SweepWork:
             self._write_plan(self.plan_rows())
             self._planned = True
         self._excluded += [
-            item for item in newcomers if not item.to_run and item.planned.cell.cell_id not in self._has_row
+            item for item in newcomers if not item.to_run and self._needs_row(item.planned, Outcome.UNSUPPORTED)
         ]
         groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
         if groups:
@@ -103,11 +106,13 @@ class SweepWork:
         return self._unplaced_messages(placed)
 
     def settle(self) -> None:
+        """Write the rows of what no device can run."""
         for item in self._excluded:
             self._settle(item.planned, Outcome.UNSUPPORTED, item.reason or "")
         self._excluded = []
 
     def wants(self, slot: BenchSlot) -> int | None:
+        """Position of the first group that this slot should serve next, None when there is none."""
         bound = self._bound.get(slot.slot_id)
         if bound:
             return self._groups[bound[0]].order
@@ -115,6 +120,7 @@ class SweepWork:
         return min(heads, default=None)
 
     def take(self, slot: BenchSlot) -> list[CellJob]:
+        """The runs of the next block for this slot, in order; empty when there is none."""
         bound = self._bound[slot.slot_id]
         if not bound:
             queues = sorted(self._matching(slot.device), key=lambda queue: self._groups[queue[0]].order)
@@ -134,6 +140,7 @@ class SweepWork:
         return [self._job(group, block, cell, order, slot) for order, cell in enumerate(block.cells)]
 
     def done(self, job: CellJob, result: RunResult) -> None:
+        """A run has its row: fill what only the driver knows, and store it."""
         row = Row.from_dict(result.row)
         defaults = {**job_columns(job), "ray": self._settings.ray_version}
         row.set(**{name: value for name, value in defaults.items() if value is not None and row[name] is None})
@@ -145,11 +152,13 @@ class SweepWork:
         self._add(result)
 
     def obituary(self, job: CellJob, reason: str) -> RunResult:
+        """The row of a run that no runner survived."""
         row = Row()
         row.set(**job_columns(job), outcome=Outcome.CRASHED, reason=reason, error_type="RunnerLost")
         return RunResult(row=row.to_dict())
 
     def broken(self, slot: BenchSlot, unfinished: Sequence[CellJob]) -> None:
+        """The slot is lost: its groups are free for others, what its block had not finished is decided anew."""
         groups = dict.fromkeys([*(job.cell.group_id for job in unfinished), *self._bound.pop(slot.slot_id, ())])
         self._under_way -= len(unfinished)
         self._decide(groups, ())
@@ -159,9 +168,11 @@ class SweepWork:
                 self._free[group.hardware].appendleft(group_id)
 
     def left(self) -> bool:
+        """Whether a slot that can exist would have something to do."""
         return bool(self._homeless) or any(self._free.values()) or any(self._bound.values())
 
     def runs(self) -> int:
+        """Rows that this call will have written when all is done."""
         return (
             self.written
             + self._under_way
@@ -188,10 +199,11 @@ class SweepWork:
         """One outcome for each planned cell that has a row: `ok` only if all its counted runs are."""
         planned = [item for group in self._groups.values() for item in group.planned.values()]
         runs = self._ask(planned, ()).done
-        newest = {record["row"]["cell_id"]: record["row"]["outcome"] for record in self._records() if "row" in record}
         found: Counter[str] = Counter()
         for cell_id in self.placed:
-            counted = [run.outcome for run in runs.get(cell_id, ())] or [newest[cell_id]] if cell_id in newest else []
+            counted = [run.outcome for run in runs.get(cell_id, ())]
+            if not counted and cell_id in self._newest:
+                counted = [self._newest[cell_id][1]]
             if counted:
                 found[next((outcome for outcome in counted if outcome != Outcome.OK), Outcome.OK.value)] += 1
         return found
@@ -237,12 +249,13 @@ class SweepWork:
         )  # fmt: skip
 
     def _settle(self, planned: PlannedCell, outcome: Outcome, reason: str) -> None:
-        """The one row of a cell that is not run, unless it has a row already."""
-        if planned.cell.cell_id in self._has_row:
+        """The row of a cell that is not run, unless its rows say so already."""
+        if not self._needs_row(planned, outcome):
             return
+        round_ = self._newest.get(planned.cell.cell_id, (-1, ""))[0] + 1
         row = Row()
         row.set(
-            **cell_columns(planned.cell), sweep=self._settings.sweep.name, round=0, outcome=outcome, reason=reason,
+            **cell_columns(planned.cell), sweep=self._settings.sweep.name, round=round_, outcome=outcome, reason=reason,
             hardware_requested=planned.hardware_requested, run_id=self._settings.run_id, attempt=1,
             profile=self._settings.sweep.profile, ray=self._settings.ray_version,
         )  # fmt: skip
@@ -258,7 +271,18 @@ class SweepWork:
         self.written += 1
         names = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key")
         self._recorded.append({"kind": "row", "row": {name: result.row.get(name) for name in names}})
-        self._has_row.add(result.row["cell_id"])
+        self._remember(result.row)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        known = self._newest.get(row["cell_id"], (-1, ""))
+        self._newest[row["cell_id"]] = (max(known[0], row["round"]), str(row["outcome"]))
+
+    def _needs_row(self, planned: PlannedCell, outcome: Outcome) -> bool:
+        """A cell that was measured once is not unplaced for want of that machine, but it can become unsupported."""
+        if planned.cell.cell_id not in self._newest:
+            return True
+        newest = self._newest[planned.cell.cell_id][1]
+        return newest != outcome and (outcome == Outcome.UNSUPPORTED or newest == Outcome.UNPLACED)
 
     def _unplaced_messages(self, placed: Sequence[Placed]) -> list[str]:
         counts: dict[str, int] = defaultdict(int)

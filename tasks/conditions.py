@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.environment import fingerprint
 from tasks.interference import CpuWatch, InterferenceReport, foreign_gpu_activity
+from tasks.metric import Missing
 from tasks.nvml import open_gpu
 from tasks.telemetry import Telemetry, TelemetrySummary
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 COOL_WITHIN_C = 3.0
 COOL_AT_MOST_S = 30.0
+_TELEMETRY = ("sm_clock_mhz_median", "temperature_c_start", "temperature_c_end", "throttled")
 HOST_RESERVE_BYTES = 512 * 2**20
 
 
@@ -122,10 +124,7 @@ class Conditions:
             environment["power_capped_fraction"] = summary.power_capped_fraction
             environment["throttled_by"] = list(summary.throttled_by)
             row.flag(*summary.flags)
-            row.set(
-                sm_clock_mhz_median=summary.sm_clock_mhz_median,
-                temperature_c_start=summary.temperature_c_start,
-                temperature_c_end=summary.temperature_c_end,
-                throttled=summary.throttled,
-            )
+        why = Missing(reason="cpu" if self._summary is None else "not_supported")
+        seen = {name: getattr(self._summary, name, None) for name in _TELEMETRY}
+        row.set(**{name: why if value is None else value for name, value in seen.items()})
         row.set(**facts, environment=json.dumps(environment, default=str))

@@ -30,6 +30,7 @@ FAMILIES: tuple[str, ...] = (
     "allocator",
     "compile",
     "decode-loop",
+    "control",
 )
 
 

@@ -22,6 +22,7 @@ from tasks.optimization import Unsupported
 from tasks.registry import metric_classes
 from tasks.row import Outcome, Row
 from tasks.session import Session
+from tasks.validity import invalid_reasons
 
 
 def run_cell(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class _Life:
 
     def conclude(self) -> None:
         """Fill what is known, also after a failure: times, settings, whatever the metrics have seen."""
-        self.row.set(**self._seconds)
+        self.row.set(**{"quality_s": Missing(reason="quality was not judged in this run"), **self._seconds})
         if self.session is None:
             return
         self._describe_timing(self.session)
@@ -153,6 +154,7 @@ class _Life:
                     self.row.flag(f"metric_failed:{metric.name}")
                 self.row.set(**{c.name: Missing(reason=f"{type(error).__name__}: {error}") for c in metric.columns})
         if self.row["outcome"] is None:
+            self.row.invalidate(*invalid_reasons(self.row, self.job.device))
             reasons = self.row["invalid_reasons"]
             self.row.set(outcome=Outcome.INVALID if reasons else Outcome.OK, reason="; ".join(reasons) or None)
 
@@ -168,8 +170,10 @@ class _Life:
             sample_kind="call" if timings.block == 1 else "block_mean",
             samples=len(timings.values("latency", session.step.primary)) if session.step else None,
             graphs_compiled=compiled.graphs,
-            compile_cache=("warm" if compiled.cache_misses == 0 else "cold") if compiled.graphs else None,
+            compile_cache="warm" if compiled.cache_misses == 0 else "cold",
         )
+        if not compiled.graphs:
+            self.row.set(compile_cache=Missing(reason="nothing was compiled"))
         if timings.after.graphs > compiled.graphs:
             self.row.invalidate("recompiled_in_window")
         if not timings.steady:

@@ -1,4 +1,4 @@
-"""Shared by the tests of the measuring core: tiny models, jobs for them, live sessions in this process, one supervisor."""
+"""Shared by the tests of the measuring core: tiny models, jobs, live sessions in this process, one supervisor."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class Bench:
         """A point of the workload with small values of its axes."""
         axes: dict[str, Scalar] = {}
         for name, default in workloads()[kind].axes.items():
-            small = min(default, 2 if name == "batch_size" else 32) if type(default) is int else default
-            axes[name] = small
+            axes[name] = min(default, 32) if type(default) is int else default
+            axes[name] = 2 if name == "batch_size" else axes[name]
         return WorkloadPoint(kind=kind, parameters=tuple(sorted({**axes, **changes}.items())))
 
     def cell(self, kind: str = "prefill", stack: str = "baseline", model: ModelSpec | None = None, **axes: Any) -> Cell:

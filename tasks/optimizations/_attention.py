@@ -27,7 +27,10 @@ class AttentionKind(Optimization):
     family = "attention"
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        config = config_of(cell.model) or {}
+        try:
+            config = config_of(cell.model) or {}
+        except (OSError, ValueError):
+            config = {}  # not at hand: loading will tell
         if config.get("model_type") in CONVOLUTIONAL:
             return f"{self.name} chooses a way to compute attention, {cell.model.id} has no attention"
         return super().unsupported(cell, device)

@@ -1,4 +1,4 @@
-"""What every technique promises: sane metadata, refusals that name their reason, effect, and evidence that cannot lie."""
+"""What every technique promises: sane metadata, refusals with a reason, effect, and evidence that cannot lie."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""Our rows beside the figures of `independent_gpu.py`: median device time and peak memory, and how far they differ.
+
+python benchmarks/compare_independent.py RESULTS... independent.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from analysis.load import load
+
+
+def main() -> None:
+    *folders, path = sys.argv[1:]
+    theirs = json.loads(Path(path).read_text())
+    frame = load([Path(folder) for folder in folders])
+    frame = frame[frame["outcome"] == "ok"]
+    print("| cell | ours ms | independent ms | differs | ours peak MB | independent peak MB | differs |")
+    print("|---|---|---|---|---|---|---|")
+    for (kind, length, stack), rows in frame.groupby(["workload", "sequence_length", "optimization"]):
+        other = theirs.get(f"{kind}|{length}|{stack}")
+        if other is None:
+            continue
+        column = "latency_ms_p50" if kind == "decode" else "device_ms_p50"
+        ours, peak = rows[column].median(), rows["peak_allocated_bytes"].median()
+        print(
+            f"| {kind} {length} {stack} | {ours:.4f} | {other['ms']:.4f} | {ours / other['ms'] - 1:+.1%} "
+            f"| {peak / 1e6:,.1f} | {other['peak_bytes'] / 1e6:,.1f} | {peak / other['peak_bytes'] - 1:+.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

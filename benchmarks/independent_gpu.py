@@ -1,0 +1,160 @@
+"""An independent check of our figures on one CUDA GPU: plain PyTorch and CUDA events, nothing of this project.
+
+    python benchmarks/independent_gpu.py > independent.json
+
+Times what the shipped sweeps `llama-1b` and `attention` time, in the plainest way, so that the two can be laid side by
+side with `benchmarks/compare_independent.py RESULTS independent.json`.
+"""
+
+import gc
+import json
+import math
+import sys
+import time
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+LLAMA_1B = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def events(call, repeats, inner=1):
+    """Median milliseconds of one call, from CUDA events around `inner` calls."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    samples = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(inner):
+            call()
+        stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop) / inner)
+    return sorted(samples)[len(samples) // 2]
+
+
+def attention(kind, length):
+    q, k, v = (torch.randn(4, 12, length, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    if kind == "eager":
+
+        def call():
+            scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(64)
+            return torch.matmul(torch.softmax(scores, dim=-1), v)
+
+        return measured(call, 20 if length <= 2048 else 4)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {
+        "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    }[kind]
+    with sdpa_kernel(backend):
+        return measured(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), 100 if length <= 1024 else 8)
+
+
+def measured(call, inner):
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.5:  # the clock of the card settles
+        call()
+        torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return {"ms": events(call, 30, inner), "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def llama(dtype, implementation):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **LLAMA_1B)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation).eval()
+
+
+def prefill(model):
+    ids = [torch.randint(0, 128256, (1, 512), device="cuda") for _ in range(8)]
+    turn = iter(range(10**9))
+
+    def call():
+        return model(input_ids=ids[next(turn) % 8], use_cache=True, logits_to_keep=1).logits
+
+    return measured(call, 1)
+
+
+def decode(model, compiled):
+    prompt = torch.randint(0, 128256, (1, 512), device="cuda")
+
+    def one(ids, cache):
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+    step = torch.compile(one, mode="reduce-overhead") if compiled else one
+    static = compiled is not None
+    cache = StaticCache(config=model.config, max_cache_len=640) if static else None
+    current = torch.zeros((1, 1), dtype=torch.long, device="cuda")
+    times, rates = [], []
+    for request in range(6):
+        if static:
+            cache.reset()
+        else:
+            cache = DynamicCache(config=model.config)
+        current.copy_(one(prompt, cache).unsqueeze(1))
+        torch.cuda.synchronize()
+        if request == 3:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        for _ in range(127):
+            torch.compiler.cudagraph_mark_step_begin()
+            before = time.perf_counter()
+            current.copy_(step(current, cache).unsqueeze(1))
+            if request % 2:
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - before) * 1e3 if request > 1 else None)
+        torch.cuda.synchronize()
+        if request >= 2 and request % 2 == 0:
+            rates.append(127 / (time.perf_counter() - began))
+    times = sorted(t for t in times if t is not None)
+    return {
+        "ms": times[len(times) // 2],
+        "tokens_per_s": sorted(rates)[len(rates) // 2],
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def main():
+    results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    wanted = sys.argv[1:] or ["attention", "llama"]
+    with torch.inference_mode():
+        if "attention" in wanted:
+            for length in (512, 1024, 2048, 4096, 8192):
+                for kind in ("eager", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
+                    results[f"attention|{length}|fp16+{kind}"] = attention(kind, length)
+                    gc.collect()
+                    torch.cuda.empty_cache()
+        if "llama" in wanted:
+            for name, dtype, implementation in (
+                ("fp32", torch.float32, None), ("fp16", torch.float16, None), ("bf16", torch.bfloat16, None),
+            ):  # fmt: skip
+                model = llama(dtype, implementation)
+                results[f"prefill|512|{name}"] = prefill(model)
+                results[f"decode|512|{name}"] = decode(model, None)
+                if name == "bf16":
+                    results["decode|512|bf16+static-cache"] = decode(model, False)
+                    results["decode|512|bf16+static-cache+compile:mode=reduce-overhead"] = decode(model, True)
+                del model
+                gc.collect()
+                torch.cuda.empty_cache()
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

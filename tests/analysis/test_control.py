@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.control import FAILED, controlled_stack, floors, gate, gate_table, with_gate
+from analysis.render import render
+from analysis.verdicts import verdicts
+
+
+@pytest.mark.parametrize(
+    ("stack", "repeats"),
+    [("bf16+again", "bf16"), ("again", "baseline"), ("bf16+compile+again", "bf16+compile"), ("bf16", None)],
+)
+def test_a_control_names_what_it_repeats(stack: str, repeats: str | None) -> None:
+    assert controlled_stack(stack) == repeats
+
+
+def _frame(loaded, build, effect: float, noise: float = 0.003, rounds: int = 5) -> pd.DataFrame:
+    """Groups of bf16, bf16+again and nf4 (20 % faster); the control is slower by `effect`."""
+    draw = np.random.default_rng(7)
+    rows = []
+    for batch in range(1, 5):
+        for round_ in range(rounds):
+            for stack, factor in (("baseline", 1.0), ("again", 1 + effect), ("nf4", 0.8)):
+                cell = build.cell(stack, batch=batch)
+                latency = 10.0 * factor * float(np.exp(draw.normal(0, noise)))
+                rows.append(build.row(cell, round_, latency))
+    return loaded(rows)
+
+
+def test_equal_labels_pass_and_give_a_small_floor(loaded, build) -> None:
+    frame = _frame(loaded, build, effect=0.0)
+    lines = gate(frame)
+    assert len(lines) == 4
+    assert lines["passed"].all(), lines["why"].tolist()
+    floor = floors(frame)
+    assert 0 < floor["h200"] < 0.01
+    assert with_gate(frame) is frame
+
+
+def test_a_planted_difference_fails_the_gate_and_bars_the_group(loaded, build) -> None:
+    frame = _frame(loaded, build, effect=0.05)
+    lines = gate(frame)
+    assert not lines["passed"].any()
+    assert lines["why"].str.contains("slower").all()
+    barred = with_gate(frame)
+    assert all(FAILED in flags for flags in barred["flags"])
+    judged = verdicts(barred)
+    assert judged["verdict"].isna().all()
+    assert floors(frame) == {}
+
+
+def test_rounds_that_disagree_fail_the_gate(loaded, build) -> None:
+    lines = gate(_frame(loaded, build, effect=0.0, noise=0.06))
+    assert not lines["passed"].all()
+    assert lines.loc[~lines["passed"], "why"].str.contains("rounds vary|ratio off|called").all()
+
+
+def test_the_table_renders(loaded, build) -> None:
+    text = render(gate_table(_frame(loaded, build, effect=0.0)), "text")
+    assert "resolves" in text
+    assert "passed" in text

@@ -1,0 +1,291 @@
+"""What every workload promises: typed axes, a step that marks what it says, and findings on planted faults only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tasks.cell import ModelSpec
+from tasks.registry import workloads
+from tasks.row import IDENTITY
+from tasks.workload import END, SETUP
+
+KINDS = sorted(workloads())
+UNITS = {"token", "image", "sample", "step"}
+
+
+def marks_of(session: Any) -> list[str]:
+    labels: list[str] = []
+    session.step.run(1, labels.append)
+    return labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestDeclaration:
+    def test_metadata(self, kind: str) -> None:
+        workload = workloads()[kind]
+        assert workload.kind == kind
+        assert workload.summary
+        assert "\n" not in workload.summary
+        assert workload.axes["batch_size"] >= 1  # type: ignore[operator]
+
+    def test_axes_have_typed_defaults(self, kind: str) -> None:
+        workload = workloads()[kind]
+        for name, default in workload.axes.items():
+            assert type(default) in (int, float, str, bool), name
+            if type(default) is int:
+                assert default > 0, "integers of axes must be positive"
+            if name in workload.choices:
+                assert default in workload.choices[name]
+
+    def test_columns(self, bench: Any, kind: str) -> None:
+        columns = workloads()[kind].columns(bench.point(kind))
+        assert columns.keys() == {"batch_size", "sequence_length", "new_tokens"}
+        assert columns.keys() <= {column.name for column in IDENTITY}
+        assert all(value is None or (type(value) is int and value > 0) for value in columns.values())
+
+    def test_refuses_models_of_another_kind(self, bench: Any, kind: str) -> None:
+        workload = workloads()[kind]
+        for other in {"language", "vision", "module"} - set(workload.model_kinds or ("language", "vision", "module")):
+            model = ModelSpec(id="odd-one", source="hub", reference="a/b", kind=other)  # type: ignore[arg-type]
+            reason = workload.unsupported(bench.cell(kind, model=model), bench.device())
+            assert reason
+            assert kind in reason
+            assert "odd-one" in reason
+            assert other in reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestStep:
+    def test_marks_what_it_declares(self, bench: Any, kind: str) -> None:
+        with bench.live(bench.job(bench.cell(kind))) as session:
+            step = session.step
+            labels = marks_of(session)
+            assert step.primary in labels
+            assert set(labels) - {step.primary, SETUP, END} <= {"first_token"}
+            assert step.unit in UNITS
+            assert type(step.units_per_call) is int
+            assert step.units_per_call > 0
+            assert step.problems() == []
+
+    def test_boundaries_cover_the_primary_segments_and_nothing_else(self, bench: Any, kind: str) -> None:
+        """The throughput pass counts the time up to a boundary: all primary segments must lie there, and only they."""
+        with bench.live(bench.job(bench.cell(kind))) as session:
+            labels, boundaries = marks_of(session), session.step.boundaries
+            primary = session.step.primary
+        assert set(boundaries) <= set(labels)
+        if not boundaries:
+            assert set(labels) == {primary}, "without boundaries all time counts"
+            return
+        opened: list[str] = []
+        for label in labels:
+            opened.append(label)
+            if label in boundaries:
+                counted = {item for item in opened if item not in (SETUP, END)}
+                assert counted <= {primary} if boundaries[label] else primary not in counted
+                opened.clear()
+        assert not opened, "nothing follows the last boundary"
+
+    def test_calls_are_alike_and_inputs_rotate(self, bench: Any, kind: str) -> None:
+        with bench.live(bench.job(bench.cell(kind))) as session:
+            assert marks_of(session) == marks_of(session)
+            stored = next(
+                getattr(session.step, name)
+                for name in ("_inputs", "_prompts", "_batches")
+                if hasattr(session.step, name)
+            )
+        assert len(stored) >= 4
+        tensors = [_first_tensor(item) for item in stored]
+        assert all(not tensors[0].equal(other) for other in tensors[1:])
+        assert all(bool((tensor != 0).any()) for tensor in tensors), "zeros are measured too fast"
+
+    def test_inputs_are_seeded(self, bench: Any, kind: str) -> None:
+        found = []
+        for seed in (0, 0, 1):
+            with bench.live(bench.job(bench.cell(kind), seed=seed), calls=0) as session:
+                found.append(_first_tensor(inputs_of(session)[0]))
+        assert found[0].equal(found[1])
+        assert not found[0].equal(found[2])
+
+
+def inputs_of(session: Any) -> list[Any]:
+    names = ("_inputs", "_prompts", "_batches")
+    return next(getattr(session.step, name) for name in names if hasattr(session.step, name))
+
+
+def _first_tensor(item: Any) -> Any:
+    return item[0] if isinstance(item, tuple) else item
+
+
+class TestUnits:
+    """Units per call, computed by hand."""
+
+    @pytest.mark.parametrize(
+        ("kind", "axes", "units", "unit"),
+        [
+            ("prefill", {"batch_size": 3, "sequence_length": 7}, 21, "token"),
+            ("decode", {"batch_size": 3, "prompt_tokens": 5, "new_tokens": 4}, 9, "token"),
+            ("forward", {"batch_size": 3, "image_size": 32}, 3, "image"),
+            ("train_step", {"batch_size": 3, "sequence_length": 7}, 21, "token"),
+            ("attention", {"batch_size": 3, "sequence_length": 7}, 21, "token"),
+        ],
+    )
+    def test_per_call(self, bench: Any, kind: str, axes: dict[str, int], units: int, unit: str) -> None:
+        with bench.live(bench.job(bench.cell(kind, **axes)), calls=0) as session:
+            assert (session.step.units_per_call, session.step.unit) == (units, unit)
+
+    def test_training_of_a_vision_model_counts_images(self, bench: Any) -> None:
+        job = bench.job(bench.cell("train_step", model=bench.vision, batch_size=3, image_size=32))
+        with bench.live(job) as session:
+            assert (session.step.units_per_call, session.step.unit) == (3, "image")
+            assert session.step.problems() == []
+
+    def test_factory_counts_samples(self, bench: Any) -> None:
+        model, path = bench.factory(LINEAR_FACTORY)
+        with bench.live(bench.job(bench.cell("train_step", model=model, batch_size=5), search_path=path)) as session:
+            assert (session.step.units_per_call, session.step.unit) == (5, "sample")
+            assert session.step.problems() == []
+
+
+LINEAR_FACTORY = """
+import torch
+def make():
+    def inputs(batch, device, seed):
+        return torch.randn(batch, 4, generator=torch.Generator(device).manual_seed(seed), device=device)
+    model = torch.nn.Linear(4, 2)
+    return model, inputs, lambda model, x: model(x).square().mean()
+"""
+
+
+class TestDecode:
+    def test_segments(self, bench: Any) -> None:
+        for stack in ("dynamic-cache", "static-cache", "no-cache"):
+            with bench.live(bench.job(bench.cell("decode", stack, new_tokens=4))) as session:
+                assert marks_of(session) == [SETUP, "first_token", "token", "token", "token", END]
+
+    def test_missing_tokens_are_found(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("decode"))) as session:
+            assert session.step.problems() == []
+            session.step.tokens[1, -1] = -1
+            assert session.step.problems() == ["wrong_token_count"]
+
+    def test_loop_that_stops_early_is_found(self, bench: Any) -> None:
+        """As a loop that honours an end-of-text token would."""
+        with bench.live(bench.job(bench.cell("decode", new_tokens=8)), calls=0) as session:
+            session.step._new = 5
+            session.step.run(0, lambda _: None)
+            assert session.step.problems() == ["wrong_token_count"]
+
+    def test_one_new_token_is_refused(self, bench: Any) -> None:
+        reason = workloads()["decode"].unsupported(bench.cell("decode", new_tokens=1), bench.device())
+        assert reason
+        assert "at least 2 new tokens" in reason
+
+    def test_same_tokens_as_transformers(self, bench: Any) -> None:
+        """Our own loop against `generate`, greedy, on the trained model."""
+        import torch
+
+        job = bench.job(bench.cell("decode", "fp32", bench.POCKET, batch_size=2, prompt_tokens=16, new_tokens=12))
+        with bench.live(job, calls=1) as session:
+            ours, prompt = session.step.tokens.clone(), session.step._prompts[0]
+            theirs = session.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, min_new_tokens=12, do_sample=False,
+                pad_token_id=0, eos_token_id=None,
+            )  # fmt: skip
+        assert ours.equal(theirs[:, 16:])
+
+
+class TestTraining:
+    def test_loss_falls_and_weights_change(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("train_step")), calls=20) as session:
+            assert session.step.problems() == []
+            assert float(session.step.loss) < float(session.step.first_loss)
+            assert session.step.optimizer_steps() == session.step.calls == 20
+
+    def test_unchanged_weights_are_found(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("train_step")), calls=0) as session:
+            for group in session.step.optimizer.param_groups:
+                group["lr"] = 0.0
+            session.step.run(0, lambda _: None)
+            assert session.step.problems() == ["weights_unchanged"]
+
+    def test_frozen_model_is_found(self, bench: Any) -> None:
+        """Steps that never reach the optimizer."""
+        with bench.live(bench.job(bench.cell("train_step")), calls=0) as session:
+            session.step.optimizer.step = lambda *_: None
+            session.step.run(0, lambda _: None)
+            assert {"every_step_skipped", "weights_unchanged"} <= set(session.step.problems())
+
+    def test_scaler_made_anew_each_step_is_found(self, bench: Any) -> None:
+        """The mistake of the closest existing tool: its scale overflows, each new one skips its first step."""
+        import torch
+
+        with bench.live(bench.job(bench.cell("train_step", "fp16")), calls=0) as session:
+            for _ in range(3):
+                session.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
+                session.step.run(0, lambda _: None)
+            assert {"every_step_skipped", "weights_unchanged"} <= set(session.step.problems())
+
+    def test_some_skipped_steps_are_flagged(self, bench: Any) -> None:
+        import torch
+
+        with bench.live(bench.job(bench.cell("train_step", "fp16")), calls=0) as session:
+            session.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
+            for _ in range(200):
+                session.step.run(0, lambda _: None)
+                if session.step.optimizer_steps():
+                    break
+            assert session.step.problems() == []
+            assert session.row["flags"] == ["steps_skipped"]
+
+    def test_one_persistent_scaler(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("train_step", "fp16")), calls=5) as session:
+            assert session.step.scaler is not None
+            assert session.step.optimizer_steps() == 5
+            assert session.step.problems() == []
+
+    def test_infinite_loss_is_found(self, bench: Any) -> None:
+        import torch
+
+        with bench.live(bench.job(bench.cell("train_step"))) as session:
+            session.step.loss = torch.tensor(float("nan"))
+            assert session.step.problems() == ["loss_not_finite"]
+
+    def test_weights_stay_fp32_under_autocast(self, bench: Any) -> None:
+        import torch
+
+        for stack in ("bf16", "fp16"):
+            with bench.live(bench.job(bench.cell("train_step", stack))) as session:
+                assert {parameter.dtype for parameter in session.model.parameters()} == {torch.float32}
+
+
+class TestPlantedFaults:
+    def test_attention_shape_and_nan(self, bench: Any) -> None:
+        import torch
+
+        with bench.live(bench.job(bench.cell("attention"))) as session:
+            good = session.step.output
+            session.step.output = good[:, :, :-1]
+            assert session.step.problems() == ["wrong_output_shape"]
+            session.step.output = torch.full_like(good, float("nan"))
+            assert session.step.problems() == ["output_not_finite"]
+
+    def test_prefill_and_forward_shape(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("prefill"))) as session:
+            session.step.logits = session.step.logits[:1]
+            assert session.step.problems() == ["wrong_output_shape"]
+        with bench.live(bench.job(bench.cell("forward"))) as session:
+            session.step.output.logits = session.step.output.logits[:1]
+            assert session.step.problems() == ["wrong_output_shape"]
+
+
+class TestAttentionKernel:
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_written_out_is_the_fused_result(self, bench: Any, causal: bool) -> None:
+        outputs = []
+        for stack in ("eager", "sdpa-flash", "sdpa-math"):
+            with bench.live(bench.job(bench.cell("attention", stack, causal=causal))) as session:
+                outputs.append(session.step.output.clone())
+        assert outputs[0].allclose(outputs[1], atol=1e-5)
+        assert outputs[0].allclose(outputs[2], atol=1e-5)
