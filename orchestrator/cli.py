@@ -192,11 +192,23 @@ def tag() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run the A/A gate: the same cells under two labels, a few minutes.")
+    ] = False,
+    out: OutOption = None,
+) -> None:
     """What this machine can run and why not the rest, with its measured ceilings."""
     from orchestrator.machine import print_doctor
 
-    raise typer.Exit(print_doctor())
+    if not calibrate:
+        raise typer.Exit(print_doctor())
+    from orchestrator.execute import Options, execute
+    from orchestrator.show import print_calibration
+
+    finished = execute("calibrate", Options(out=out))
+    print_calibration(finished.out)
+    raise typer.Exit(finished.status)
 
 
 @app.command()

@@ -27,10 +27,8 @@ def print_results(directories: Sequence[Path]) -> None:
     frame, samples = _load(directories)
     _print(_comparison(frame, samples), "terminal")
     if frame["hardware"].nunique() > 1:
-        from analysis.tables import tradeoff_table
-
         print()
-        _print(tradeoff_table(frame), "terminal")
+        _print(_tradeoff(frame), "terminal")
     print()
     _print_coverage(directories, frame)
 
@@ -39,11 +37,23 @@ def print_table(directories: Sequence[Path], kind: str, format_: str) -> None:
     """One table of one or several result folders, in one format and nothing else."""
     frame, samples = _load(directories)
     if kind == "tradeoff":
-        from analysis.tables import tradeoff_table
-
-        _print(tradeoff_table(frame), format_)
+        _print(_tradeoff(frame), format_)
     else:
         _print(_comparison(frame, samples), format_)
+
+
+def print_calibration(directory: Path) -> None:
+    """The A/A gate of a result folder, and in one sentence what difference this machine can resolve."""
+    from analysis.control import gate_table
+
+    frame, _ = _load([directory])
+    table = gate_table(frame)
+    _print(table, "terminal")
+    resolved = table.frame.loc[table.frame["passed"], "mde"].dropna()
+    if len(resolved) < len(table.frame):
+        print("This machine is not quiet enough: a failed gate unranks its group. Close what else runs, or raise rounds.")
+    if len(resolved):
+        print(f"Differences above {max(resolved.max(), 0.01):.1%} can be resolved here with {frame['profile'].iloc[0]}.")
 
 
 def print_status(directory: Path) -> None:
@@ -103,16 +113,25 @@ def read_state(directory: Path) -> State:
 
 
 def _load(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    from analysis.control import with_gate
     from analysis.load import load, load_samples
 
-    frame = load(list(directories))
+    frame = with_gate(load(list(directories)))
     return frame, load_samples(directories[0]) if len(directories) == 1 else None
 
 
 def _comparison(frame: pd.DataFrame, samples: pd.DataFrame | None) -> Table:
+    from analysis.control import floors
     from analysis.tables import comparison_table
 
-    return comparison_table(frame, samples)
+    return comparison_table(frame, samples, floors(frame))
+
+
+def _tradeoff(frame: pd.DataFrame) -> Table:
+    from analysis.control import floors
+    from analysis.tables import tradeoff_table
+
+    return tradeoff_table(frame, floors(frame))
 
 
 def _print(table: Table, format_: str) -> None:

@@ -7,6 +7,7 @@ it counts as success.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -26,11 +27,18 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def end_group(leader: int) -> None:
+    """Kill what an ended isolated process has left running: compilers' and loaders' workers hold memory and cores."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def run_job(job_path: Path, *, parent: int, kind: str) -> NoReturn:
     """Do the job and end the process: status 0 when a result was written, 1 otherwise."""
     status = 1
     try:
         die_with_parent(parent)
+        os.setsid()  # a group of its own, so that `end_group` finds all that it starts
         job = json.loads(job_path.read_text())
         log = os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)

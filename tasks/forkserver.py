@@ -64,7 +64,7 @@ def _release_blocked() -> None:
 
 
 def main() -> None:
-    from tasks.child import die_with_parent, run_job
+    from tasks.child import die_with_parent, end_group, run_job
 
     die_with_parent(os.getppid())
     reader = os.fdopen(os.dup(0), "r")
@@ -92,6 +92,7 @@ def main() -> None:
             run_job(job_path, parent=server, kind="fork")  # never returns
         writer.write(json.dumps({"pid": pid}) + "\n")
         _, status = os.waitpid(pid, 0)
+        end_group(pid)
         writer.write(json.dumps({"status": status}) + "\n")
 
 

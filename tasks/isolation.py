@@ -6,6 +6,7 @@ file; exit status, signal and time limit say what happened when there is none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -22,6 +23,7 @@ from typing import Any
 import psutil
 
 import tasks
+from tasks.child import end_group
 
 SERVER_START_S = 180.0
 STDERR_TAIL = 4000
@@ -116,13 +118,7 @@ class Isolation:
 
     def close(self) -> None:
         """End the server and everything below it."""
-        if self._server is not None:
-            _kill_tree(self._server.pid)
-            self._server.wait()
-            for pipe in (self._server.stdin, self._server.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self._server = None
+        self.close_server()
         shutil.rmtree(self._work, ignore_errors=True)
 
     def __enter__(self) -> Isolation:
@@ -134,10 +130,10 @@ class Isolation:
 
     def _await_server(self) -> None:
         if self._server is not None and self._server.poll() is not None:
-            self._server = None
+            self.close_server()
         self.start()
         if not self._ready:
-            if self._reply(SERVER_START_S) is None:
+            if not self._reply(SERVER_START_S):
                 self.close_server()
                 raise IsolationError(
                     f"the fork server did not start within {SERVER_START_S:.0f} s: see {self.log_path}"
@@ -148,14 +144,21 @@ class Isolation:
         if self._server is not None:
             _kill_tree(self._server.pid)
             self._server.wait()
+            for pipe in (self._server.stdin, self._server.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):  # what a dead server has not read
+                        pipe.close()
             self._server = None
 
     def _fork(self, job_path: Path, timeout_s: float) -> tuple[int | None, bool] | None:
         """Exit code (negative signal) and whether the limit struck; None when the server refuses to fork."""
         assert self._server is not None and self._server.stdin is not None
-        self._server.stdin.write(json.dumps({"job": str(job_path)}) + "\n")
-        first = self._reply(30.0)
-        if first is None:
+        try:
+            self._server.stdin.write(json.dumps({"job": str(job_path)}) + "\n")
+            first = self._reply(30.0)
+        except BrokenPipeError:
+            first = None
+        if not first:
             self.close_server()
             return None
         if "refused" in first:
@@ -166,7 +169,7 @@ class Isolation:
         if timed_out:
             _kill_tree(first["pid"])
             reply = self._reply(30.0)
-        if reply is None:  # the server itself is gone or hangs: the next run starts a fresh one
+        if not reply:  # the server itself is gone or hangs: the next run starts a fresh one
             self.close_server()
             return (None, timed_out)
         return (os.waitstatus_to_exitcode(reply["status"]), timed_out)
@@ -186,16 +189,18 @@ class Isolation:
         except subprocess.TimeoutExpired:
             _kill_tree(process.pid)
             return process.wait(), True
+        finally:
+            end_group(process.pid)
 
     def _reply(self, timeout_s: float) -> dict[str, Any] | None:
-        """The server's next line, or None when it is late or the server has ended."""
+        """The server's next line; None when it is late, empty when the server has ended."""
         assert self._server is not None and self._server.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._server.stdout, selectors.EVENT_READ)
             if not selector.select(timeout_s):
                 return None
         line = self._server.stdout.readline()
-        return json.loads(line) if line else None
+        return json.loads(line) if line else {}
 
     def _keep_log(self, stderr: Path) -> None:
         if stderr.exists() and stderr.stat().st_size:
