@@ -51,9 +51,13 @@ def print_calibration(directory: Path) -> None:
     _print(table, "terminal")
     resolved = table.frame.loc[table.frame["passed"], "mde"].dropna()
     if len(resolved) < len(table.frame):
-        print("This machine is not quiet enough: a failed gate unranks its group. Close what else runs, or raise rounds.")
+        print(
+            "This machine is not quiet enough: a failed gate unranks its group. Close what else runs, or raise rounds."
+        )
     if len(resolved):
-        print(f"Differences above {max(resolved.max(), 0.01):.1%} can be resolved here with {frame['profile'].iloc[0]}.")
+        print(
+            f"Differences above {max(resolved.max(), 0.01):.1%} can be resolved here with {frame['profile'].iloc[0]}."
+        )
 
 
 def print_status(directory: Path) -> None:

@@ -93,7 +93,7 @@ def _gpt2(config: dict[str, Any]) -> _Shape:
     hidden, layers = config.get("n_embd", 768), config.get("n_layer", 12)
     return _Shape(
         blocks=layers * 12 * hidden * hidden,
-        rest=(config.get("vocab_size", 50257) + config.get("n_positions", 1024)) * hidden + layers * 13 * hidden,
+        rest=(config.get("vocab_size", 50257) + config.get("n_positions", 1024) + 13 * layers + 2) * hidden,
         cache_elements_per_token=2 * layers * hidden,
         published_bytes=_DTYPE_BYTES.get(config.get("dtype", "float32"), 4.0),
     )

@@ -103,6 +103,8 @@ class Bench:
             "sweep": "tests", "cell": cell or self.cell("attention"), "hardware_requested": "local",
             "device": self.device(), "profile": "quick", "round": 0, "block_id": "block", "order_in_round": 0,
             "result_key": "key", "run_id": "run", "timeout_s": 60.0, "cpus": CPUS,
+            # one thread: with more, tiny kernels wait at barriers for cores that something else is using
+            "threads": 1,
             "artifact_dir": str(self.folder / "artifacts"),
         }  # fmt: skip
         return CellJob(**{**given, **changes})

@@ -31,8 +31,9 @@ class RayletCluster:
     """Raylets with labels; accelerators are only declared, so their cells run on the CPU as simulated ones."""
 
     def __init__(self) -> None:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Ray keeps the first token that a process has seen, so every cluster of this process has the same
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
         from ray.cluster_utils import Cluster
 

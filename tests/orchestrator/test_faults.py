@@ -129,6 +129,7 @@ class TestCluster:
         assert [row["attempt"] for row in rows(out, tools)].count(2) == 1
         assert not [p for p in below if alive(p)]
 
+    @pytest.mark.slow
     def test_node_is_lost_and_another_takes_over(
         self, cluster: Any, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:
@@ -144,6 +145,7 @@ class TestCluster:
         assert any("its node is gone" in record["reason"] for record in tools.journal(out, "fault"))
         assert len({record["slot"] for record in tools.journal(out, "block")}) == 2
 
+    @pytest.mark.slow
     def test_a_node_that_joins_late_is_waited_for(
         self, cluster: Any, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:

@@ -15,7 +15,7 @@ TAGS = ("a100", "rtx3090", "rtx4060", "cpu")
 SWEEP = """
 name: heterogeneous
 models: [pocket]
-workloads: [{kind: prefill, batch_size: 1, sequence_length: [16, 32]}]
+workloads: [{kind: prefill, batch_size: 1, sequence_length: 16}]
 optimizations: [baseline, bf16]
 hardware: [a100, rtx3090, rtx4060, cpu, h100]
 quality: false
@@ -94,14 +94,14 @@ def test_simulated_rows_say_so(finished: Any) -> None:
 
 def test_a_tag_that_nobody_has_is_said_and_recorded(finished: Any) -> None:
     assert "no device is tagged 'h100'; tags here: a100, cpu, rtx3090, rtx4060" in finished.run.stderr
-    assert sum(row["outcome"] == "unplaced" for row in finished.rows) == 4
+    assert sum(row["outcome"] == "unplaced" for row in finished.rows) == 2
     assert finished.run.returncode == 1
 
 
 def test_rows_and_plan_agree(finished: Any) -> None:
     plan, rows = pd.read_parquet(finished.out / "plan.parquet"), pd.read_parquet(finished.out / "rows")
     assert set(plan.cell_id) == set(rows.cell_id)
-    assert len(plan) == 20
+    assert len(plan) == 10
 
 
 def test_trade_off_table_has_a_column_for_each_hardware(finished: Any) -> None:

@@ -138,6 +138,13 @@ class TestFaults:
         assert (row["outcome"], len(row["reason"]) < 500) == ("crashed", True)
         assert "status 5" in row["reason"]
 
+    def test_child_that_kills_the_server(self, supervisor: Supervisor, bench: Any) -> None:
+        """The child dies with it; the row is no time-out, and the next cell gets a new server."""
+        row = supervisor.measure(job_with(bench, "os.kill(os.getppid(), signal.SIGKILL); time.sleep(1000)")).row
+        assert row["outcome"] == "crashed"
+        assert "lost in the phase first_call" in row["reason"]
+        assert supervisor._isolation.run("nothing", {}, timeout_s=30).kind == "fork"
+
     def test_nothing_that_the_child_started_is_left(self, supervisor: Supervisor, bench: Any, tmp_path: Path) -> None:
         """A compiler's or a loader's worker must not outlive the cell that aborted, nor hold its memory."""
         note = tmp_path / "pid"
@@ -158,6 +165,9 @@ class TestFaults:
         row = supervisor.measure(bench.job(bench.cell("forward", model=model), search_path=path)).row
         assert (row["outcome"], row["error_type"]) == ("error", "ModelError")
         assert path[0] in row["reason"]
+
+
+SECOND_THREAD = "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
 
 
 class TestServer:
@@ -192,16 +202,14 @@ class TestServer:
         ("make_unready", "said"),
         [
             ("", "None"),
-            (
-                "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
-                "2 threads",
-            ),
+            (SECOND_THREAD, "other threads: python"),
             ("torch.cuda.is_initialized = lambda: True", "CUDA is initialised"),
         ],
     )
     def test_unready(self, make_unready: str, said: str) -> None:
         """A fork of a process with threads or a CUDA context is broken: the server must refuse."""
-        code = f"import os, torch\n{make_unready}\nfrom tasks.forkserver import unready\nprint(unready(), flush=True)\nos._exit(0)"
+        ask = "from tasks.forkserver import unready\nprint(unready(), flush=True)\nos._exit(0)"
+        code = f"import os, torch\n{make_unready}\n{ask}"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=_base_environment({}),
             check=True,
@@ -221,7 +229,7 @@ class TestServer:
         assert done.kind == "exec"
         assert done.result is not None
         assert done.result["kind"] == "exec"
-        assert "fork refused: the server has 2 threads" in (tmp_path / "log").read_text()
+        assert "fork refused: the server has other threads: python" in (tmp_path / "log").read_text()
 
     def test_tasks_from_elsewhere_is_refused(self, tmp_path: Path) -> None:
         job = {
