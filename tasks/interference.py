@@ -200,6 +200,9 @@ def foreign_gpu_activity(
 
 def _foreign_gpu_activity(gpu: Gpu, own: Collection[int] | None) -> tuple[float | None, tuple[str, ...]]:
     foreign = foreign_processes(gpu, own)
+    if not foreign and gpu.processes() is not None:
+        # nobody else holds a context: what utilisation remembers is the cell before, whose process has ended
+        return None, ()
     shares = [process.utilization_percent for process in foreign]
     percent = sum(share or 0.0 for share in shares) if shares and None not in shares else None
     if percent is None:

@@ -105,6 +105,8 @@ class _Life:
 
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""
+        assert session.step is not None
+        self.row.invalidate(*session.step.problems())
         found: dict[str, Any] = {}
         for technique, chosen in session.techniques:
             evidence = technique.evidence(chosen, session)
@@ -112,8 +114,6 @@ class _Life:
             if not evidence.ok:
                 self.row.invalidate(f"evidence_missing:{chosen.name}")
         self.row.set(evidence=json.dumps(found, default=str))
-        assert session.step is not None
-        self.row.invalidate(*session.step.problems())
 
     def _idle(self, conditions: Any) -> None:
         began = time.perf_counter()

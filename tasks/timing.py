@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +101,8 @@ class Passes:
             self.timings.warmup_calls += 1
             if compilation().graphs != graphs:
                 graphs, changed_at = compilation().graphs, now
-            last = [value for value, at in zip(values, ended, strict=True) if at > now - window_s]
-            previous = [v for v, at in zip(values, ended, strict=True) if now - 2 * window_s < at <= now - window_s]
             settled = now >= profile.warmup_min_s and now - changed_at >= min(2 * window_s, 1.0)
-            long_call = self.timings.warmup_calls >= 3 and now / self.timings.warmup_calls > window_s
-            if long_call:
-                previous, last = values[-2:-1], values[-1:]
-            if settled and previous and last and steady(previous, last, STEADY_TOLERANCE):
+            if settled and steady(*_last_windows(values, ended, window_s), STEADY_TOLERANCE):
                 self.timings.steady = True
                 break
             if now >= profile.warmup_max_s and self.timings.warmup_calls >= 3:
@@ -270,6 +266,19 @@ class Passes:
                 values_ms=values,
                 ended_s=ended,
             )
+
+
+def _last_windows(values: list[float], ended: list[float], window_s: float) -> tuple[list[float], list[float]]:
+    """The values of the last two windows, each of at least `window_s` and of at least one whole call.
+
+    `ended` rises, and is equal for the values of one call.
+    """
+    cuts = [len(values)]
+    for _ in range(2):
+        end = cuts[-1]
+        # the calls that ended within the window before the last one of what is left, and never less than that one
+        cuts.append(bisect_right(ended, ended[end - 1] - window_s, hi=end) if end else 0)
+    return values[cuts[2] : cuts[1]], values[cuts[1] : cuts[0]]
 
 
 def _ignore(_: str) -> None:

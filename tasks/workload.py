@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 from tasks.cell import Cell, Scalar, WorkloadPoint
 from tasks.device import DeviceInfo
@@ -19,7 +19,7 @@ SETUP = "setup"
 END = "end"
 
 
-class Step(Protocol):
+class Step(ABC):
     """What is timed. `run(index, mark)` does one whole call and calls `mark(label)` at the end of every segment.
 
     Each pass gives its own `mark`: the latency pass synchronises and reads the clock, the device pass records an
@@ -33,11 +33,17 @@ class Step(Protocol):
     unit: str  # "token", "image", "step": what throughput and energy count
     units_per_call: int  # units done by the primary segments of one call
 
-    def run(self, index: int, mark: Mark) -> None: ...
+    @abstractmethod
+    def run(self, index: int, mark: Mark) -> None:
+        """One whole call, with a mark at the end of each segment."""
 
+    def run_short(self) -> None:
+        """The shortest call that takes the same paths, for evidence; after it `problems` means nothing any more."""
+        self.run(0, lambda _label: None)
+
+    @abstractmethod
     def problems(self) -> list[str]:
         """Validity findings after the measurement (`wrong_token_count`, `weights_unchanged`, ...)."""
-        ...
 
 
 class Workload(ABC):

@@ -97,7 +97,9 @@ def build_random(
         model = auto_class(config).from_config(config, dtype=dtype, **keywords)
     spread = getattr(config, "initializer_range", 0.02)
     tied = getattr(model, "all_tied_weights_keys", {})  # made as what they are tied to
-    for name, module in list(model.named_modules()):
+    # by name: a list of the modules would keep all that are replaced
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if isinstance(module, torch.nn.Linear) and module.weight.is_meta and f"{name}.weight" not in tied:
             torch.manual_seed(int(digest([seed, name]), 16) >> 1)
             made = module.to_empty(device=device).to(dtype)

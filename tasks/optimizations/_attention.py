@@ -97,5 +97,5 @@ def attention_operators(session: Session) -> Counter[str]:
 
     assert session.step is not None
     with torch.compiler.set_stance("force_eager"), Questions(), Listener():  # type: ignore[no-untyped-call]
-        session.step.run(0, lambda _label: None)
+        session.step.run_short()
     return called or asked or softmax

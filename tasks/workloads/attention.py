@@ -60,7 +60,7 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-class AttentionStep:
+class AttentionStep(Step):
     primary = "call"
     boundaries: Mapping[str, bool] = {}
     unit = "token"

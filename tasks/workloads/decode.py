@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 
+SHORT_TOKENS = 3
+
+
 class Decode(Workload):
     kind = "decode"
     summary = "greedy generation of new_tokens after a prompt; time to first token and per token apart"
@@ -39,7 +42,7 @@ class Decode(Workload):
         return loop(session, prompts, point["new_tokens"])
 
 
-class _Loop:
+class _Loop(Step):
     """One call is one request. Segments: `setup` (cache reset), `first_token`, then `token` for each further one."""
 
     primary = "token"
@@ -56,6 +59,13 @@ class _Loop:
         self.units_per_call = batch * (new_tokens - 1)
         self.tokens = torch.full((batch, new_tokens), -1, dtype=torch.long, device=session.device)
         self._last_index = 0
+
+    def run_short(self) -> None:
+        whole, self._new = self._new, min(self._new, SHORT_TOKENS)
+        try:
+            super().run_short()
+        finally:
+            self._new = whole
 
     def problems(self) -> list[str]:
         """Every position of the last request must hold a token that the loop has written."""

@@ -32,7 +32,7 @@ class Forward(Workload):
         return ForwardStep(session.compiled(lambda *arguments: model(*arguments)), inputs, batch)
 
 
-class ForwardStep:
+class ForwardStep(Step):
     primary = "call"
     boundaries: Mapping[str, bool] = {}
     unit = "image"

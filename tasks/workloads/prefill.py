@@ -29,7 +29,7 @@ class Prefill(Workload):
         return PrefillStep(session.compiled(forward), inputs, point["batch_size"] * point["sequence_length"])
 
 
-class PrefillStep:
+class PrefillStep(Step):
     primary = "call"
     boundaries: Mapping[str, bool] = {}
     unit = "token"

@@ -68,7 +68,7 @@ def _task(session: Session) -> tuple[list[Any], Callable[..., Any], str, int]:
     return tokens, language_loss, "token", batch * point["sequence_length"]
 
 
-class TrainingStep:
+class TrainingStep(Step):
     primary = "call"
     boundaries: Mapping[str, bool] = {}
 

@@ -185,18 +185,14 @@ class TestServer:
         results = [supervisor._isolation.run("nothing", {}, timeout_s=30).result for _ in range(3)]
         assert len({result["pid"] for result in results if result}) == 3
 
-    def test_killed_server_is_replaced(self, tmp_path: Path) -> None:
-        with Isolation(log_path=tmp_path / "log", work_dir=tmp_path / "work", environment={}) as isolation:
-            assert isolation.run("nothing", {}, timeout_s=30).kind == "fork"
-            assert isolation._server is not None
-            first = isolation._server.pid
-            psutil.Process(first).kill()
-            isolation._server.wait()
-            assert isolation.run("nothing", {}, timeout_s=30).result is not None
-            assert isolation._server.pid != first
-            last = psutil.Process(isolation._server.pid)
-        assert gone([last])
-        assert list((tmp_path / "work").iterdir()) == [], "no work folder is left"
+    def test_killed_server_is_replaced(self, supervisor: Supervisor) -> None:
+        supervisor._isolation.run("nothing", {}, timeout_s=30)
+        first = server_of(supervisor)
+        first.kill()
+        assert gone([first])
+        done = supervisor._isolation.run("nothing", {}, timeout_s=30)
+        assert done.kind == "fork"
+        assert server_of(supervisor).pid != first.pid
 
     @pytest.mark.parametrize(
         ("make_unready", "said"),
@@ -226,6 +222,10 @@ class TestServer:
             log_path=tmp_path / "log", work_dir=tmp_path / "work", environment={"PYTHONPATH": path}
         ) as isolation:
             done = isolation.run("nothing", {}, timeout_s=60)
+            assert isolation._server is not None
+            server = psutil.Process(isolation._server.pid)
+        assert gone([server]), "closing ends the server"
+        assert list((tmp_path / "work").iterdir()) == [], "and leaves no work folder"
         assert done.kind == "exec"
         assert done.result is not None
         assert done.result["kind"] == "exec"

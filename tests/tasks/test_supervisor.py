@@ -151,6 +151,28 @@ class TestRows:
         assert row["outcome"] == "invalid"
         assert "weights_unchanged" in row["invalid_reasons"]
 
+    def test_recompilation_while_measuring_is_invalid(self, supervisor: Supervisor, bench: Any) -> None:
+        """A second after the first call the input changes its type, and Dynamo traces again."""
+        model, path = bench.factory(
+            "import time, torch\n"
+            "class Changing(torch.nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.began, self.double = None, torch.compile(lambda x: x * 2, backend='eager')\n"
+            "    def forward(self, x):\n"
+            "        late = self.began is not None and time.perf_counter() - self.began > 1.3\n"
+            "        time.sleep(0.002)\n"
+            "        result = self.double(x.double() if late else x)\n"
+            "        self.began = self.began or time.perf_counter()\n"
+            "        return result\n"
+            "def make():\n"
+            "    return Changing(), lambda batch, device, seed: torch.ones(batch, 4, device=device)\n"
+        )
+        row = supervisor.measure(bench.job(bench.cell("forward", model=model), search_path=path)).row
+        assert row["outcome"] == "invalid", row.get("reason")
+        assert row["invalid_reasons"] == ["recompiled_in_window"]
+        assert row["graphs_compiled"] == 1
+
     def test_quality_once_per_cell(self, supervisor: Supervisor, bench: Any) -> None:
         job = bench.job(
             bench.cell("prefill", "bf16", bench.POCKET), quality=True, quality_tokens=512, quality_choices=5

@@ -1,0 +1,218 @@
+"""Quality against independent computations: itself, a known perturbation, plain transformers, single questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.metric import Missing
+from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_path
+
+TOKENS, CHOICES = 1024, 12
+
+
+@pytest.fixture(scope="module")
+def jobs(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Jobs on pocket with one artifact folder; the reference is made once."""
+    import torch
+
+    from tasks.row import Row
+    from tasks.session import Session
+
+    folder = str(tmp_path_factory.mktemp("artifacts"))
+    numbers = iter(range(1000))
+
+    def make(stack: str = REFERENCE_STACK, model: Any = bench.POCKET, kind: str = "prefill", **changes: Any) -> Any:
+        job = bench.job(
+            bench.cell(kind, stack, model), artifact_dir=folder, run_id=f"run{next(numbers)}",
+            **{"quality_tokens": TOKENS, "quality_choices": CHOICES, **changes},
+        )  # fmt: skip
+        made = make_reference(Session(job=job, device=torch.device("cpu"), row=Row()))
+        assert made["path"] == str(reference_path(job))
+        return job
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """Pocket in fp32 through nothing but transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tasks.models.identity import POCKET
+
+    model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, attn_implementation="eager").eval()
+    return model, AutoTokenizer.from_pretrained(POCKET)
+
+
+@pytest.fixture(scope="module")
+def itself(bench: Any, jobs: Any) -> Iterator[QualityReading]:
+    with bench.live(jobs(), calls=0) as session:
+        reading = judge(session)
+    assert isinstance(reading, QualityReading)
+    yield reading
+
+
+class TestReferenceAgainstItself:
+    def test_no_divergence(self, itself: QualityReading) -> None:
+        assert itself.kl_divergence == pytest.approx(0, abs=1e-9)
+        assert itself.kl_divergence_max == pytest.approx(0, abs=1e-6)
+        assert itself.top1_agreement == 1.0
+        assert itself.perplexity_log_ratio == pytest.approx(0, abs=1e-9)
+
+    def test_floor_is_rounding(self, itself: QualityReading) -> None:
+        assert itself.kl_divergence_floor is not None
+        assert abs(itself.kl_divergence_floor) < 1e-6
+
+    def test_label_and_counts(self, itself: QualityReading) -> None:
+        assert itself.label == "quality"
+        assert itself.scored == TOKENS
+        assert itself.choices == CHOICES
+        assert itself.accuracy_stderr == pytest.approx(
+            math.sqrt(itself.accuracy * (1 - itself.accuracy) / CHOICES)  # type: ignore[operator]
+        )
+
+    def test_perplexity_by_plain_transformers(self, itself: QualityReading, plain: Any) -> None:
+        """Windows of 512 tokens of the held-out text, the second half of each scored."""
+        import torch
+
+        from tasks.models.text import heldout_text
+
+        model, tokenizer = plain
+        ids = tokenizer(heldout_text()[:100_000], add_special_tokens=False, verbose=False)["input_ids"]
+        losses = []
+        for start in range(0, TOKENS // 256 * 512, 512):
+            window = torch.tensor([ids[start : start + 512]])
+            labels = window.clone()
+            labels[:, :256] = -100
+            with torch.no_grad():
+                losses.append(float(model(window, labels=labels).loss))
+        assert itself.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+    def test_accuracy_question_by_question(self, itself: QualityReading, plain: Any) -> None:
+        """Each ending alone, without padding or batching."""
+        import torch
+
+        from tasks.models.text import multiple_choice
+
+        model, tokenizer = plain
+        right = 0
+        for item in multiple_choice()[:CHOICES]:
+            scores = []
+            for ending in item.endings:
+                context, tail = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (item.context, ending))
+                ids = torch.tensor([context + tail])
+                with torch.no_grad():
+                    log_p = model(ids).logits[0].double().log_softmax(-1)
+                picked = [float(log_p[len(context) + i - 1, token]) for i, token in enumerate(tail)]
+                scores.append(sum(picked) / len(picked))
+            right += scores.index(max(scores)) == item.label
+        assert itself.accuracy == right / CHOICES
+
+
+class TestPerturbation:
+    def test_divergence_grows_with_it(self, bench: Any, jobs: Any) -> None:
+        import torch
+
+        readings = []
+        for spread in (0.003, 0.03):
+            with bench.live(jobs(), calls=0) as session:
+                generator = torch.Generator().manual_seed(3)
+                for layer in session.model.model.layers:
+                    weight = layer.mlp.down_proj.weight
+                    weight.copy_(weight + spread * torch.randn(weight.shape, generator=generator))
+                readings.append(judge(session))
+        small, large = readings
+        assert 0 < small.kl_divergence < large.kl_divergence
+        assert 1 > small.top1_agreement > large.top1_agreement
+        assert 0 < large.kl_divergence_stderr < large.kl_divergence
+
+    @pytest.mark.parametrize("stack", ["bf16", "fp16", "nf4"])
+    def test_stacks_are_measurably_near(self, bench: Any, jobs: Any, stack: str) -> None:
+        with bench.live(jobs(stack), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, QualityReading)
+        assert reading.kl_divergence_floor < reading.kl_divergence < {"nf4": 0.2}.get(stack, 0.01)
+        assert reading.top1_agreement > {"nf4": 0.75}.get(stack, 0.95)
+
+    def test_constant_logits_shift_changes_nothing(self) -> None:
+        """KL is of distributions, and of the right direction: KL(reference || ours)."""
+        import torch
+
+        from tasks.quality import _divergence
+
+        reference = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
+        ours = torch.tensor([[[0.25, 0.5, 0.25]]]).log()
+        expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+        assert float(_divergence(ours, reference)) == pytest.approx(expected)
+        lopsided = torch.tensor([[[0.98, 0.01, 0.01]]]).log()
+        assert float(_divergence(lopsided, reference)) != pytest.approx(float(_divergence(reference, lopsided)))
+
+
+class TestRandomWeights:
+    def test_fidelity_only(self, bench: Any, jobs: Any) -> None:
+        with bench.live(jobs("bf16", bench.language), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, QualityReading)
+        assert reading.label == "fidelity"
+        assert reading.perplexity is None
+        assert reading.accuracy is None
+        assert 0 < reading.kl_divergence < 0.1  # type: ignore[operator]
+
+    def test_compressed_random_weights_are_near_their_reference(self, bench: Any, jobs: Any) -> None:
+        """They are the same network: unrelated weights would agree in 1 of 256 tokens."""
+        with bench.live(jobs("fp32+int8", bench.language), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, QualityReading)
+        assert reading.top1_agreement > 0.8
+
+    def test_vision(self, bench: Any, jobs: Any) -> None:
+        with bench.live(jobs("fp32", bench.vision, "forward"), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, QualityReading)
+        assert (reading.top1_agreement, reading.top5_agreement, reading.perplexity) == (1.0, 1.0, None)
+        with bench.live(jobs("bf16", bench.vision, "forward"), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, QualityReading)
+        assert reading.top1_agreement > 0.8
+        assert reading.top5_agreement is not None
+        assert reading.top5_agreement >= reading.top1_agreement
+
+
+class TestWhereItCannotBe:
+    def test_training(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("train_step")), calls=0) as session:
+            assert isinstance(judge(session), Missing)
+
+    def test_kernel(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("attention")), calls=0) as session:
+            assert isinstance(judge(session), Missing)
+
+    def test_no_reference(self, bench: Any, tmp_path: Path) -> None:
+        with bench.live(bench.job(bench.cell("prefill"), artifact_dir=str(tmp_path)), calls=0) as session:
+            reading = judge(session)
+        assert isinstance(reading, Missing)
+        assert "reference could not be made" in reading.reason
+
+
+def test_reading_is_reused_within_a_run(bench: Any, jobs: Any) -> None:
+    """The same stack at another batch size needs no second judgement in one run."""
+    job = jobs("bf16")
+    with bench.live(job, calls=0) as session:
+        first = judge(session)
+        session.model.model.layers[0].mlp.down_proj.weight.zero_()
+        assert judge(session) == first
+
+
+def test_reference_depends_on_what_it_is_made_of(bench: Any) -> None:
+    base = bench.job(bench.cell("prefill", model=bench.POCKET))
+    import dataclasses
+
+    assert reference_path(base) == reference_path(dataclasses.replace(base, run_id="other", round=2))
+    for change in ({"quality_tokens": 99}, {"quality_choices": 7}, {"seed": 5}, {"cell": bench.cell("prefill")}):
+        assert reference_path(base) != reference_path(dataclasses.replace(base, **change)), change
