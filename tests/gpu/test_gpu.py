@@ -186,7 +186,7 @@ class TestDecode:
         row = measure("decode", "bf16+static-cache+compile:mode=reduce-overhead", bench.POCKET)
         assert row["outcome"] == "ok", row.get("reason")
         evidence = json.loads(row["evidence"])["compile:mode=reduce-overhead"]
-        assert evidence["cuda_graph_launches"] >= 31, "one for each token after the first"
+        assert evidence["cuda_graph_launches"] >= 2, "one for each further token of the short request"
         assert row["graph_pool_bytes"] > 0
 
 
