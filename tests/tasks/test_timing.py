@@ -252,7 +252,7 @@ class TestStopping:
         done = passes(OneSegment(itertools.repeat(0.3)), warmup_max_s=0.6, latency_s=0.3, latency_max_s=0.6)
         began = time.perf_counter()
         run(done)
-        assert done.timings.warmup_calls == 3
+        assert 2 <= done.timings.warmup_calls <= 3
         assert time.perf_counter() - began < 4
 
 
