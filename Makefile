@@ -1,16 +1,18 @@
 # The two commands of the README, and the checks before a commit.
 PYTHON ?= python3
 BIN := .venv/bin
-# Ray and torch start many threads and processes; none of them should write outside this folder.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-slow test-gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/benchmatrix run quickstart
 
 test: .venv/installed
 	$(BIN)/pytest
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
 
 test-gpu: .venv/installed
 	$(BIN)/pytest -m gpu
@@ -29,4 +31,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv

@@ -119,4 +119,5 @@ def _verdict(values: list[Any]) -> Entry:
         return Entry(text=str(verdict), tone=TONES[str(verdict)])
     if not units.is_missing(equivalent) and equivalent:
         return Entry(text="same", tone="quiet")
-    return Entry(text=f"~ {units.percent(mde)}", tone="quiet")
+    found = units.percent(mde) if units.is_missing(mde) or mde < 1 else "> 100 %"
+    return Entry(text=f"~ {found}", tone="quiet")

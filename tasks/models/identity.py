@@ -68,6 +68,14 @@ def config_of(spec: ModelSpec) -> dict[str, Any] | None:
     return random_config(spec.reference) if spec.source == "random" else None
 
 
+def model_type(spec: ModelSpec) -> str | None:
+    """The configuration's `model_type`, None where it is not at hand: loading will tell then."""
+    try:
+        return (config_of(spec) or {}).get("model_type")
+    except (OSError, ValueError):
+        return None
+
+
 def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
     """Raise `ModelError` for a checkpoint that is not plain safetensors inside its own folder."""
     if not (folder / "config.json").is_file():

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tasks.models.identity import config_of
+from tasks.models.identity import model_type
 from tasks.optimization import Evidence, LoadOptions, Optimization
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ class AttentionKind(Optimization):
     family = "attention"
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        try:
-            config = config_of(cell.model) or {}
-        except (OSError, ValueError):
-            config = {}  # not at hand: loading will tell
-        if config.get("model_type") in CONVOLUTIONAL:
+        if model_type(cell.model) in CONVOLUTIONAL:
             return f"{self.name} chooses a way to compute attention, {cell.model.id} has no attention"
         return super().unsupported(cell, device)
 

@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tasks.models.identity import model_type
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.cell import Technique
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
     from tasks.session import Session
 
 
@@ -31,6 +33,11 @@ class BitsAndBytes(Optimization):
     def quantized(self, linear: torch.nn.Linear, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
         """The quantized layer of one linear layer with random weights."""
         raise NotImplementedError
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        if cell.model.source == "random" and model_type(cell.model) == "gpt2":
+            return f"{self.name} replaces linear layers, {cell.model.id} has Conv1D layers in their place"
+        return super().unsupported(cell, device)
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         # one warning per product, thousands of lines

@@ -54,3 +54,15 @@ def images(session: Session, batch_size: int, size: int, channels: int = 3, coun
     dtype = next((p.dtype for p in session.model.parameters() if p.is_floating_point()), torch.float32)
     shape = (batch_size, channels, size, size)
     return [torch.randn(shape, generator=generator, device=session.device).to(dtype) for _ in range(count)]
+
+
+def waiting_bytes(sets: list[Any]) -> int:
+    """Bytes of all input sets but one; a set is a tensor, or a tuple that holds some."""
+    import torch
+
+    def size(item: Any) -> int:
+        if isinstance(item, torch.Tensor):
+            return item.nbytes
+        return sum(map(size, item)) if isinstance(item, tuple | list) else 0
+
+    return sum(map(size, sets[1:]))

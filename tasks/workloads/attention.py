@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import WorkloadPoint
 from tasks.workload import Mark, Step, Workload
+from tasks.workloads._inputs import waiting_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ class AttentionStep(Step):
     def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
         self._function, self._inputs = function, inputs
         batch, _, length, _ = inputs[0][0].shape
+        self.waiting_bytes = waiting_bytes(inputs)
         self.units_per_call = batch * length
         self.output: Any = None
 

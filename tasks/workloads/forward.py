@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.workload import Mark, Step, Workload
-from tasks.workloads._inputs import SETS, images
+from tasks.workloads._inputs import SETS, images, waiting_bytes
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -41,6 +41,7 @@ class ForwardStep(Step):
         self._forward = forward
         self._inputs = [item if isinstance(item, tuple) else (item,) for item in inputs]
         self.units_per_call = batch_size
+        self.waiting_bytes = waiting_bytes(self._inputs)
         self.output: Any = None
 
     def run(self, index: int, mark: Mark) -> None:

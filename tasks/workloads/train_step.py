@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import WorkloadPoint
 from tasks.workload import Mark, Step, Workload
-from tasks.workloads._inputs import SETS, images, token_batches
+from tasks.workloads._inputs import SETS, images, token_batches, waiting_bytes
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -79,6 +79,7 @@ class TrainingStep(Step):
 
         self._session, self._batches, self._loss, self.optimizer = session, batches, loss, optimizer
         self.unit, self.units_per_call = unit, units
+        self.waiting_bytes = waiting_bytes(batches)
         self._device = session.device.type
         self._autocast_dtype = getattr(torch, session.settings.autocast) if session.settings.autocast else None
         self.scaler = torch.amp.GradScaler(self._device, enabled=True) if session.settings.loss_scaling else None

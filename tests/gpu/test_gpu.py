@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,7 +67,8 @@ def measure(slot: Supervisor, card: DeviceInfo, bench: Any) -> Callable[..., dic
     """The row of one cell on the card."""
 
     def run(kind: str, stack: str = "baseline", model: ModelSpec | None = None, *, job: Any = None, **axes: Any) -> Any:
-        cell = bench.cell(kind, stack, model, **axes)
+        # the tag must be the card's: a row whose tag disagrees with its device is invalid
+        cell = replace(bench.cell(kind, stack, model, **axes), hardware=card.tag)
         return slot.measure(bench.job(cell, device=card, timeout_s=240.0, **(job or {}))).row
 
     return run
