@@ -3,3 +3,7 @@
 
 class AnalysisError(ValueError):
     """A result folder that cannot be read, or a question that its rows cannot answer; the message says which."""
+
+
+class NoRows(AnalysisError):
+    """A result folder without a row yet."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from analysis.errors import AnalysisError
+from analysis.errors import AnalysisError, NoRows
 from tasks.row import CORE, Outcome
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ Directories = str | Path | Sequence[str | Path]
 
 _DTYPES = {"string": "string", "int": "Int64", "float": "float64", "bool": "boolean", "strings": "object"}
 _READ_ATTEMPTS = 3
+NOT_PLANNED = "not_planned"
 
 
 def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
@@ -26,16 +27,21 @@ def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
     Integers are Int64, flags boolean, lists are lists (empty when null), other nulls are missing values; every core
     column is there. One row per (result_dir, cell_id, round): the newest. Rows that a changed sweep no longer matches
     are left out by `result_key`; `reuse="versions"` keeps those measured with other library versions, `"all"` keeps
-    every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have and `plan_order` where
-    in the plan it stands.
+    every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have, `plan_order` where
+    in the plan it stands, and `baseline_id` is the plan's: a row may have been measured under another baseline. Rows of
+    cells that the plan no longer has are left out too unless `reuse` says otherwise; `frame.attrs["not_planned"]` is
+    their number.
 
     Raises:
-        AnalysisError: a folder is missing, holds no rows, or a part cannot be read.
+        NoRows: a folder holds no rows, or none of the plan's.
+        AnalysisError: a folder is missing, or a part cannot be read.
     """
     import pandas as pd
 
     frames = [_load_one(folder, reuse) for folder in _folders(directories)]
-    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+    frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+    frame.attrs = {NOT_PLANNED: sum(part.attrs[NOT_PLANNED] for part in frames)}
+    return frame
 
 
 def load_samples(directory: str | Path) -> pd.DataFrame:
@@ -75,7 +81,7 @@ def _folders(directories: Directories) -> list[Path]:
         if not folder.is_dir():
             raise AnalysisError(f"{folder} is not a folder; give the --out folder of a run, such as results/quickstart")
         if not (folder / "rows").is_dir() or not _parts(folder / "rows"):
-            raise AnalysisError(f"{folder} holds no results: {folder / 'rows'} has no Parquet file (has a run begun?)")
+            raise NoRows(f"{folder} holds no results: {folder / 'rows'} has no Parquet file (has a run begun?)")
     return list(dict.fromkeys(folders))
 
 
@@ -84,9 +90,11 @@ def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
 
     frame = _typed(_read(folder / "rows"))
     if frame.empty:
-        raise AnalysisError(f"{folder} holds no results: the Parquet files under {folder / 'rows'} are empty")
+        raise NoRows(f"{folder} holds no results: the Parquet files under {folder / 'rows'} are empty")
     plan = load_plan(folder)
-    frame = _complete(frame)
+    frame, not_planned = _as_planned(_complete(frame), plan, reuse)
+    if frame.empty:
+        raise NoRows(f"{folder} holds no row of its plan: {not_planned} rows are of cells that the sweep had before")
     order = ["started_at", "attempt"]
     frame = frame.sort_values(order, kind="stable", na_position="first")
     frame = frame.drop_duplicates(["cell_id", "round", "result_key"], keep="last")
@@ -99,7 +107,9 @@ def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
         added["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
         positions = {cell_id: position for position, cell_id in enumerate(rounds.index)}
         added["plan_order"] = frame["cell_id"].map(positions).astype("Int64")
-    return pd.concat([frame, added], axis=1)  # at once: pandas warns of single insertions into a wide frame
+    frame = pd.concat([frame, added], axis=1)  # at once: pandas warns of single insertions into a wide frame
+    frame.attrs = {NOT_PLANNED: not_planned}
+    return frame
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -165,6 +175,18 @@ def _complete(frame: pd.DataFrame) -> pd.DataFrame:
             added[column.name] = pd.Series(pd.NA if dtype != "float64" else float("nan"), frame.index, dtype=dtype)
     rest = frame.drop(columns=[name for name in added if name in frame])
     return pd.concat([rest, pd.DataFrame(added, index=frame.index)], axis=1)
+
+
+def _as_planned(frame: pd.DataFrame, plan: pd.DataFrame | None, reuse: Reuse) -> tuple[pd.DataFrame, int]:
+    """Rows with the baseline that the plan compares them with, and how many were left out: their cell is not in it."""
+    if plan is None or "baseline_id" not in plan:
+        return frame, 0
+    baselines = plan.drop_duplicates("cell_id").set_index("cell_id")["baseline_id"]
+    known = frame["cell_id"].isin(baselines.index)
+    if reuse == "exact":
+        frame = frame[known]
+    planned = frame["cell_id"].map(baselines).astype("string").fillna(frame["baseline_id"])
+    return frame.assign(baseline_id=planned), int((~known).sum()) if reuse == "exact" else 0
 
 
 def _without_stale(frame: pd.DataFrame, plan: pd.DataFrame | None, reuse: Reuse) -> pd.DataFrame:

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 KEY = ["result_dir", "cell_id"]
 # Findings that make a run unfit to decide which of two is faster; others are printed only. Names as rows flag them.
-BARRING_FLAGS = frozenset({"steal", "foreign_load", "foreign_gpu_process", "cpu_starved", "aa_failed"})
+BARRING_FLAGS = frozenset(
+    {
+        "steal",
+        "foreign_load",
+        "foreign_gpu_process",
+        "cpu_starved",
+        "aa_failed",
+        "passes_contradict",
+        "executed_instead",
+    }
+)
 # Findings that widen the interval to what this machine shows between equals.
 WIDENING_FLAGS = frozenset({"interference"})
 # Most severe first: what went wrong unexpectedly, then what is a result.

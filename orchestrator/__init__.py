@@ -20,7 +20,7 @@ def run(
     address: str | None = None,
     **options: Any,
 ) -> Finished:
-    """What `benchmatrix run` does, from Python: `analysis.load.load(finished.out)` gives the rows.
+    """What `benchmatrix run` does, from Python: `analysis.load(finished.out)` gives the rows.
 
     Args:
         sweep: a path, the name of a shipped sweep, its content as a mapping, or a `Sweep`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import time
 import uuid
@@ -11,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from orchestrator.durable import StoreError
+from orchestrator.expand import PlannedCell
 from orchestrator.interrupt import EXIT_INTERRUPTED, Stop
-from orchestrator.planning import local_tag, planned_cells, read_sweep, search_path
-from orchestrator.sweep import LOCAL, Sweep, make_sweep
+from orchestrator.planning import local_tag, planned_cells, read_sweep
+from orchestrator.sweep import Sweep, SweepError, make_sweep
+from tasks.probe import probe
 
 EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")
@@ -36,7 +40,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """How a sweep ended. `outcomes` counts the newest row of every planned cell; `status` is the exit status."""
+    """How a sweep ended, over the cells that were asked for: `--only` leaves the others out of every count.
+
+    `outcomes` counts the newest row of every planned cell; `status` is the exit status.
+    """
 
     sweep: str
     out: Path
@@ -64,18 +71,30 @@ class Finished:
 
 def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_to: TextIO | None = None) -> Finished:
     """Run what the result folder does not hold yet; raises `problems.bad_input` errors before anything starts."""
-    loaded, folders = _load(sweep, options)
+    loaded = _load(sweep, options)
     out = options.out or RESULTS / loaded.name
-    if options.only:  # a wrong expression must be found before anything is started
-        planned_cells(loaded, options.only, LOCAL)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
+        raise StoreError(f"--out {out}: results go to a folder that is mounted here; object stores are not supported.")
+    tag = local_tag(probe())
+    # a wrong expression must be found before anything is started
+    chosen = {item.cell.cell_id for item in planned_cells(loaded, options.only, tag)}
     from orchestrator.store import Store
 
     store = Store.open(out)
     try:
         store.write_sweep(loaded.to_yaml())
-        return _measure(loaded, folders, options, out, store, progress_to)
+        return _measure(loaded, _Cells(planned=planned_cells(loaded, None, tag), chosen=chosen), options, out, store,
+                        progress_to)  # fmt: skip
     finally:
         store.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """The whole plan, and the ids of the cells that this call may measure."""
+
+    planned: list[PlannedCell]
+    chosen: set[str]
 
 
 @dataclass(kw_only=True)
@@ -87,7 +106,7 @@ class _Run:
 
 
 def _measure(
-    sweep: Sweep, folders: tuple[str, ...], options: Options, out: Path, store: Any, progress_to: TextIO | None
+    sweep: Sweep, cells: _Cells, options: Options, out: Path, store: Any, progress_to: TextIO | None
 ) -> Finished:
     from orchestrator.connection import connect
     from orchestrator.dispatch import Dispatcher
@@ -96,10 +115,8 @@ def _measure(
     from orchestrator.progress import Progress
     from orchestrator.quiet import quiet
     from orchestrator.work import RunSettings, SweepWork
-    from tasks.probe import probe
 
     run, stop = _Run(), Stop()
-    cells = planned_cells(sweep, options.only, local_tag(probe()))
     with quiet(out / "log" / "driver.log") as terminal:
         stream = progress_to or terminal
         with Progress(0, stream) as progress:
@@ -109,16 +126,17 @@ def _measure(
             with connect(options.address) as connection, stop.listening(terminal, last_words=progress.stop):
                 patient = PatientStore(store, stopping=stop, say=progress.say)
                 settings = RunSettings(
-                    sweep=sweep, run_id=run.run_id, ray_version=connection.ray_version, search_path=folders,
-                    reuse=options.reuse, retry=options.retry,
+                    sweep=sweep, run_id=run.run_id, ray_version=connection.ray_version, reuse=options.reuse,
+                    retry=options.retry,
                 )  # fmt: skip
                 patient.note(
-                    "run", run_id=run.run_id, sweep=sweep.name, argv=sys.argv[1:], cells=len(cells),
+                    "run", run_id=run.run_id, sweep=sweep.name, argv=sys.argv[1:], cells=len(cells.chosen),
+                    timeout_s=sweep.limits.cell_timeout_s,
                     address=connection.address, ray=connection.ray_version, python=platform.python_version(),
                     parallel_gpus=options.parallel_gpus,
                 )  # fmt: skip
                 work = SweepWork(
-                    cells, patient, store.records, settings,
+                    cells.planned, patient, store.records, settings, only=cells.chosen,
                     settled=lambda row: progress.finished(None, row), write_plan=store.write_plan,
                 )  # fmt: skip
                 dispatcher = Dispatcher(
@@ -128,19 +146,21 @@ def _measure(
                 )  # fmt: skip
                 dispatcher.run()
             finished = Finished(
-                sweep=sweep.name, out=out, outcomes=dict(work.outcomes()), planned=len({c.cell.cell_id for c in cells}),
+                sweep=sweep.name, out=out, outcomes=dict(work.outcomes()), planned=len(cells.chosen),
                 runs=work.measured, interrupted=stop.asked, seconds=time.monotonic() - run.started,
             )  # fmt: skip
             patient.note("end", run_id=run.run_id, **finished.document())
     return finished
 
 
-def _load(sweep: str | Sweep | Mapping[str, Any], options: Options) -> tuple[Sweep, tuple[str, ...]]:
-    if isinstance(sweep, Sweep):
-        return sweep, (str(Path.cwd()),)
+def _load(sweep: str | Sweep | Mapping[str, Any], options: Options) -> Sweep:
     if isinstance(sweep, str):
-        return read_sweep(sweep, options.overrides), search_path(sweep)
-    return make_sweep(sweep), (str(Path.cwd()),)
+        return read_sweep(sweep, options.overrides)
+    if not isinstance(sweep, Sweep):
+        return make_sweep(sweep, overrides=options.overrides)
+    if options.overrides:
+        raise SweepError("overrides apply to a sweep file or to its content, not to a Sweep: give them to make_sweep")
+    return sweep
 
 
 def _log_paths(out: Path) -> Any:

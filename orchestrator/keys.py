@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from orchestrator.inventory import Node
 from orchestrator.ledger import result_key
 from orchestrator.placement import Placed
+from orchestrator.sweep import Sweep
 from tasks.cell import Cell, ModelSpec
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
-from tasks.registry import optimizations
+from tasks.registry import optimizations, workloads
 from tasks.row import PROTOCOL_VERSION
 
 _LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 class KeyMaker:
-    """Result keys under one profile; hashes each checkpoint once."""
+    """Result keys under one sweep's settings; hashes each checkpoint once.
 
-    def __init__(self, profile: str) -> None:
-        self._profile = profile
+    The time limit is no part of a key: a run that ended within it is the same under any other (`ledger` repeats those
+    that did not).
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
         self._checkpoints: dict[ModelSpec, str] = {}
 
     def key(self, cell: Cell, node: Node, device: DeviceInfo) -> str:
         """The key of `cell` measured on this device of this node."""
         if cell.model not in self._checkpoints:
-            self._checkpoints[cell.model] = checkpoint_hash(cell.model)
+            self._checkpoints[cell.model] = checkpoint_hash(cell.model, self._sweep.search_path)
         identity = {
             "cell_id": cell.cell_id,
-            "profile": self._profile,
+            "profile": self._sweep.profile,
+            "seed": self._sweep.seed,
+            "memory_budget_bytes": self._sweep.limits.memory_budget_bytes,
+            "quality": self._quality(cell),
             "checkpoint": self._checkpoints[cell.model],
             "protocol": PROTOCOL_VERSION,
             "machine": node.report.machine_key,
@@ -51,6 +60,12 @@ class KeyMaker:
             if placed.to_run and tag_matches(cell.hardware, device.tag):
                 return self.key(cell, node, device)
         return None
+
+    def _quality(self, cell: Cell) -> dict[str, Any] | None:
+        """How its quality is judged, None where it is not: such cells keep their rows whatever the sweep asks."""
+        wanted, workload = self._sweep.quality, workloads()[cell.workload.kind]
+        judged = wanted.enabled and workload.needs_model and not workload.training
+        return {"tokens": wanted.tokens, "choices": wanted.choices} if judged else None
 
     @cached_property
     def _backends(self) -> dict[str, tuple[str, ...]]:

@@ -34,13 +34,21 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """One recorded run of a planned cell."""
+    """One recorded run of a planned cell. `timeout_s` is the limit it ran under, None where the journal lacks it."""
 
     cell_id: str
     round: int
     block_id: str
     outcome: str
     result_key: str | None
+    judged: bool = False
+    timeout_s: float | None = None
+
+    def outgrown(self, timeout_s: float | None) -> bool:
+        """Whether it ran into a limit that is lower than this one."""
+        if self.outcome != Outcome.TIMEOUT or self.timeout_s is None or timeout_s is None:
+            return False
+        return self.timeout_s < timeout_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +70,7 @@ class Ledger:
         failed: of those, the runs that ended in error, crashed, timeout or invalid, and recorded unplaced ones.
         stale: recorded runs whose result key is not the expected one; kept in the results, never reused.
         repeated: rows that are measured again: unplaced or otherwise decided without a run (they have no block), asked
-            for with `retry`, or run without their baseline.
+            for with `retry`, stopped by a lower time limit, or run without their baseline.
         blocks: group_id -> blocks still to be run, in order. Groups with nothing to do are left out.
     """
 
@@ -85,12 +93,31 @@ class Ledger:
         """Outcome -> number of reused runs."""
         return Counter(run.outcome for runs in self.done.values() for run in runs)
 
+    @property
+    def judged(self) -> set[str]:
+        """Cells whose reused runs hold a reading of quality."""
+        return {cell_id for cell_id, runs in self.done.items() if any(run.judged for run in runs)}
+
+    def history(self) -> str | None:
+        """What the folder holds already, in one line; None when that is nothing."""
+        parts = []
+        if self.done_runs:
+            parts.append(f"{_runs(self.done_runs)} there already")
+        if self.stale:
+            text = f"{len(self.stale)} no longer match{'es' if len(self.stale) == 1 else ''} this sweep and machine"
+            parts.append(f"{text}, what is missing is measured again")
+        failed = [str(outcome) for outcome, number in self.outcomes.items() if outcome in FAILED for _ in range(number)]
+        if failed:
+            again = ",".join(dict.fromkeys(failed))
+            parts.append(f"{len(failed)} failed: measure them again with --retry {again}")
+        return "; ".join(parts) or None
+
 
 def result_key(identity: dict[str, Any], versions: dict[str, Any]) -> str:
     """The key of a reusable result: `<digest of identity>-<digest of versions>`.
 
     Args:
-        identity: cell_id, profile, checkpoint hash, protocol version, machine_key.
+        identity: cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version, machine_key.
         versions: torch, transformers and backend versions.
     """
     return f"{digest(identity)}-{digest(versions)}"
@@ -104,6 +131,7 @@ def decide(
     reuse: Reuse = "exact",
     retry: Collection[str] = (),
     seed: int = 0,
+    timeout_s: float | None = None,
 ) -> Ledger:
     """Compare a plan with a journal.
 
@@ -113,6 +141,7 @@ def decide(
         keys: the result key expected of a cell; None accepts the key of its newest run.
         reuse: `versions` reuses runs that were measured with other library versions.
         retry: outcomes that are measured again, once per call.
+        timeout_s: the time limit of a run now; a run that was stopped by a lower one is measured again.
         seed: for the order of cells inside a block; the same seed, group and round give the same order.
 
     Every outcome of a block counts as a run, `unplaced` apart; one `unsupported` run settles its cell. A cell has its
@@ -139,7 +168,8 @@ def decide(
                 elif fits is None or not fits(run):
                     stale.append(run)
                 else:
-                    (repeated if run.outcome in retry else usable[cell_id]).append(run)
+                    again = run.outcome in retry or run.outgrown(timeout_s)
+                    (repeated if again else usable[cell_id]).append(run)
         baseline_id = next(iter(group.values())).cell.baseline_id
         if baseline_id in group and not _settled(usable[baseline_id]):
             baseline_blocks = {run.block_id for run in usable[baseline_id]}
@@ -160,7 +190,10 @@ def _recorded(
     """Runs of the `planned` (cell_id -> group_id), and for each group the first round number its rows have not used."""
     runs: dict[tuple[str, int], Done] = {}
     next_round: dict[str, int] = {}
+    limits: dict[str, float] = {}  # run_id -> the time limit of its runs
     for record in records:
+        if record.get("kind") == "run" and isinstance(record.get("timeout_s"), int | float):
+            limits[str(record.get("run_id"))] = float(record["timeout_s"])
         row = record.get("row")
         if record.get("kind") != "row" or not isinstance(row, dict):
             continue
@@ -176,6 +209,8 @@ def _recorded(
                     block_id=row.get("block_id") or "",
                     outcome=str(row.get("outcome")),
                     result_key=row.get("result_key"),
+                    judged=row.get("quality_reference") is not None,
+                    timeout_s=limits.get(str(row.get("run_id"))),
                 ),
             )
     by_cell: dict[str, list[Done]] = defaultdict(list)
@@ -191,6 +226,10 @@ def _fits(expected: str | Collection[str] | None, runs: Sequence[Done], reuse: R
             return lambda run: True
     wanted = {_compared(key, reuse) for key in ([expected] if isinstance(expected, str) else expected)}
     return lambda run: run.result_key is not None and _compared(run.result_key, reuse) in wanted
+
+
+def _runs(number: int) -> str:
+    return "1 run is" if number == 1 else f"{number} runs are"
 
 
 def _compared(key: str, reuse: Reuse) -> str:

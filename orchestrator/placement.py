@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from orchestrator.expand import PlannedCell
 from tasks.cell import Cell
 from tasks.device import DeviceInfo, tag_matches
 from tasks.footprint import lower_bound
+from tasks.identity import cell_columns
 from tasks.stacks import unsupported
 
 GIB = 2**30
@@ -91,3 +93,19 @@ def _distinct(devices: Sequence[DeviceInfo]) -> list[DeviceInfo]:
         if all(sort != known for known, _ in found):
             found.append((sort, device))
     return [device for _, device in found]
+
+
+def plan_row(sweep: str, item: Placed, result_key: str | None) -> dict[str, Any]:
+    """One row of `plan.parquet`."""
+    cell = item.planned.cell
+    columns = cell_columns(cell)
+    names = ("cell_id", "baseline_id", "group_id", "model", "workload", "workload_point", "optimization", "hardware")
+    return {
+        **{name: columns[name] for name in names},
+        "sweep": sweep,
+        "result_key": result_key,
+        "hardware_requested": item.planned.hardware_requested,
+        "rounds": item.planned.rounds,
+        "decision": item.decision.value,
+        "reason": item.reason,
+    }

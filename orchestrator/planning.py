@@ -70,13 +70,6 @@ def read_sweep(sweep: str, overrides: Sequence[str]) -> Sweep:
     return load_sweep(sweep, overrides)
 
 
-def search_path(sweep: str) -> tuple[str, ...]:
-    """Folders in which a model factory may lie: the sweep file's own, then the working directory."""
-    path = Path(sweep)
-    own = (str(path.resolve().parent),) if path.is_file() else ()
-    return tuple(dict.fromkeys([*own, str(Path.cwd())]))
-
-
 def planned_cells(sweep: Sweep, only: str | None, tag: str) -> list[PlannedCell]:
     return expand(sweep, tag, parse_only(only) if only else None)
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 def print_results(directories: Sequence[Path]) -> None:
     """What `run` ends with: comparison, trade-off where there are several kinds of hardware, coverage, the path."""
-    frame, samples = _load(directories)
+    from analysis.errors import NoRows
+
+    try:
+        frame, samples = _load(directories)
+    except NoRows as error:  # stopped before the first run had ended
+        print(error)
+        return
     _print(_comparison(frame, samples), "terminal")
     if frame["hardware"].nunique() > 1:
         print()
@@ -62,16 +68,23 @@ def print_calibration(directory: Path) -> None:
 
 def print_status(directory: Path) -> None:
     """Coverage, what runs now and where, and the time left per hardware tag; from the journal, so also from afar."""
+    from analysis.errors import NoRows
+
     state = read_state(directory)
-    frame, _ = _load([directory])
-    _print_coverage([directory], frame)
+    try:
+        frame, _ = _load([directory])
+    except NoRows:
+        frame = None
+        print("no rows yet")
+    else:
+        _print_coverage([directory], frame)
     if state.ended:
         print(f"last run {state.run_id}: ended {state.ended}")
     elif state.run_id is not None:
         print(f"run {state.run_id}: {'under way' if _is_locked(directory) else 'cut short, start it again to resume'}")
         for slot, text in sorted(state.running.items()):
             print(f"  {slot}: {text}")
-    for tag, seconds in sorted(_seconds_left(directory, frame).items()):
+    for tag, seconds in sorted(_seconds_left(directory, frame).items() if frame is not None else ()):
         print(f"  {tag}: about {duration(seconds)} of measuring left")
     for text in state.faults[-5:]:
         print(f"  fault: {text}")

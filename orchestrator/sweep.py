@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,7 @@ from orchestrator.sweep_selection import Exclude, Include, Only, is_pattern, par
 from orchestrator.sweep_stacks import stack, stacks
 from orchestrator.sweep_workloads import LARGEST, WorkloadEntry
 from tasks.cell import BASELINE, Stack
-from tasks.job import PROFILES, Profile
+from tasks.job import PROFILES, CellJob, Profile
 from tasks.stacks import nearest, parse_stack
 
 __all__ = ["Limits", "Only", "Quality", "Sweep", "SweepError", "load_sweep", "make_sweep", "parse_only", "shipped"]
@@ -48,11 +50,11 @@ class Limits(Strict):
 
 
 class Quality(Strict):
-    """Whether quality is measured, and on how many tokens and choices; None leaves the number to the profile."""
+    """Whether quality is measured, and on how many tokens of held-out text and multiple-choice questions."""
 
     enabled: bool = True
-    tokens: int | None = Field(default=None, ge=1, le=LARGEST)
-    choices: int | None = Field(default=None, ge=1, le=LARGEST)
+    tokens: int = Field(default=CellJob.quality_tokens, ge=1, le=LARGEST)
+    choices: int = Field(default=CellJob.quality_choices, ge=1, le=LARGEST)
 
     @model_validator(mode="before")
     @classmethod
@@ -216,9 +218,13 @@ _LEVELS: dict[int | str, type[Strict]] = {
 }
 
 
-def make_sweep(document: Mapping[str, Any], folder: Path | None = None, source: str = "sweep") -> Sweep:
+def make_sweep(
+    content: Mapping[str, Any], folder: Path | None = None, source: str = "sweep", overrides: Sequence[str] = ()
+) -> Sweep:
     """A sweep from plain data, as from Python; relative paths are taken from `folder`. Raises `SweepError`."""
-    return _validated(Document(source=source, data=dict(document)), folder or Path.cwd())
+    document = Document(source=source, data=deepcopy(dict(content)))
+    apply_overrides(document, overrides)
+    return _validated(document, folder or Path.cwd())
 
 
 def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = ()) -> Sweep:
@@ -232,7 +238,8 @@ def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = ()) -> Swee
         raise SweepError(f"{path}: cannot be read: {error.strerror}") from None
     document = parse(text, str(path))
     apply_overrides(document, overrides)
-    document.data.setdefault("name", path.stem)
+    if "name" not in document.data and (name := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")):
+        document.data["name"] = name
     return _validated(document, path.resolve().parent)
 
 

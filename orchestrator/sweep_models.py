@@ -69,6 +69,8 @@ class ModelEntry(Strict):
         given = [form for form in FORMS if getattr(self, form) is not None]
         if not self.id.strip():
             refuse([(("id",), "the id of a model is empty")])
+        if not self.id.isprintable():
+            refuse([(("id",), f"the id {self.id!r} of a model has characters that cannot be printed")])
         if len(given) > 1:
             refuse([((given[1],), f"model {self.id!r} gives {' and '.join(given)}: choose one")])
         if not given and self.id != "pocket":

@@ -91,6 +91,8 @@ class Exclude(_Selection):
         kinds = list(workloads().values())
         if "kind" in pattern:
             names = pattern["kind"] if isinstance(pattern["kind"], list) else [pattern["kind"]]
+            if not names:
+                refuse([(("kind",), "kind is an empty list: it needs at least one workload")])
             kinds, result["kind"] = [known_workload(name) for name in names], names
         for key, given in pattern.items():
             if key != "kind":

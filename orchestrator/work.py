@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from orchestrator.inventory import Node
 from orchestrator.keys import KeyMaker
 from orchestrator.ledger import Block, Ledger, Reuse, decide
 from orchestrator.patience import PatientStore
-from orchestrator.placement import Decision, Placed, place
+from orchestrator.placement import Decision, Placed, place, plan_row
 from orchestrator.slots import BenchSlot
 from orchestrator.store import Records
 from orchestrator.sweep import Sweep
@@ -30,7 +30,6 @@ class RunSettings:
     sweep: Sweep
     run_id: str
     ray_version: str
-    search_path: tuple[str, ...] = ()
     reuse: Reuse = "exact"
     retry: tuple[str, ...] = ()
 
@@ -51,12 +50,18 @@ class SweepWork:
     def __init__(
         self, planned: Sequence[PlannedCell], store: PatientStore, records: Records, settings: RunSettings, *,
         settled: Callable[[dict[str, Any]], None], write_plan: Callable[[list[dict[str, Any]]], None],
+        only: Collection[str] | None = None,
     ) -> None:  # fmt: skip
-        """`settled` is told of the rows that are written here, of cells that no runner sees."""
+        """`settled` is told of the rows that are written here, of cells that no runner sees.
+
+        With `only`, these cells alone are measured; the rest stands in the plan and nowhere else.
+        """
         self._settings, self._store, self._earlier = settings, store, records
         self._settled, self._write_plan = settled, write_plan
-        self._keys = KeyMaker(settings.sweep.profile)
-        self._homeless = list(planned)
+        self._keys = KeyMaker(settings.sweep)
+        self._plan = {item.cell.cell_id: item for item in planned}
+        self._homeless = [item for item in planned if only is None or item.cell.cell_id in only]
+        self._others = [item for item in planned if only is not None and item.cell.cell_id not in only]
         self._order = {cell_id: index for index, cell_id in enumerate(dict.fromkeys(i.cell.group_id for i in planned))}
         self._groups: dict[str, _GroupWork] = {}
         self._free: dict[str, deque[str]] = defaultdict(deque)
@@ -71,17 +76,17 @@ class SweepWork:
         self._planned = False
         self._excluded: list[Placed] = []
         self.placed: dict[str, Placed] = {}
+        self._bystanders: dict[str, Placed] = {}
         self.measured = 0
         self.reused_runs = 0
-        self.stale_runs = 0
         self.written = 0
         self._under_way = 0
 
     def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
         """Place what had no home on the devices that exist now, and ask the ledger what of it is left."""
         self._machines = devices
-        budget = self._settings.sweep.limits.memory_budget_bytes
-        placed = place(self._homeless, [device for _, device in devices], budget)
+        asked = [device for _, device in devices], self._settings.sweep.limits.memory_budget_bytes
+        placed = place(self._homeless, *asked)
         newcomers = [item for item in placed if item.decision is not Decision.UNPLACED]
         for item in placed:
             self.placed[item.planned.cell.cell_id] = item
@@ -90,20 +95,22 @@ class SweepWork:
             if item.to_run:
                 self._group(item.planned.cell).planned[item.planned.cell.cell_id] = item.planned
         if newcomers or not self._planned:
+            self._bystanders = {item.planned.cell.cell_id: item for item in place(self._others, *asked)}
             self._write_plan(self.plan_rows())
             self._planned = True
         self._excluded += [
             item for item in newcomers if not item.to_run and self._needs_row(item.planned, Outcome.UNSUPPORTED)
         ]
         groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
+        messages = self._unplaced_messages(placed)
         if groups:
             ledger = self._decide(groups, self._settings.retry)
             self.reused_runs += ledger.done_runs
-            self.stale_runs += len(ledger.stale)
+            messages += [text] if (text := ledger.history()) else []
         for group_id in groups:
             if self._groups[group_id].blocks:
                 self._free[self._groups[group_id].hardware].append(group_id)
-        return self._unplaced_messages(placed)
+        return messages
 
     def settle(self) -> None:
         """Write the rows of what no device can run."""
@@ -192,8 +199,9 @@ class SweepWork:
 
     def plan_rows(self) -> list[dict[str, Any]]:
         """The plan as it is stored: the denominator of every coverage figure."""
-        return [plan_row(self._settings.sweep.name, item, self._keys.one(item, self._machines))
-                for item in self.placed.values()]  # fmt: skip
+        known = self.placed | self._bystanders
+        items = [known[cell_id] for cell_id in self._plan]
+        return [plan_row(self._settings.sweep.name, item, self._keys.one(item, self._machines)) for item in items]
 
     def outcomes(self) -> Counter[str]:
         """One outcome for each planned cell that has a row: `ok` only if all its counted runs are."""
@@ -221,15 +229,13 @@ class SweepWork:
         ledger = self._ask(planned, retry)
         for group_id in groups:
             self._groups[group_id].blocks = deque(ledger.blocks.get(group_id, ()))
-        self._quality_known |= {
-            cell_id for cell_id, runs in ledger.done.items() if any(run.outcome == Outcome.OK for run in runs)
-        }
+        self._quality_known |= ledger.judged
         return ledger
 
     def _ask(self, planned: Sequence[PlannedCell], retry: Sequence[str]) -> Ledger:
         return decide(
             planned, self._records(), lambda cell: self._keys.all(cell, self._machines), reuse=self._settings.reuse,
-            retry=retry, seed=self._settings.sweep.seed,
+            retry=retry, seed=self._settings.sweep.seed, timeout_s=self._settings.sweep.limits.cell_timeout_s,
         )  # fmt: skip
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -245,7 +251,8 @@ class SweepWork:
             run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
             memory_budget_bytes=sweep.limits.memory_budget_bytes,
             quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
-            search_path=self._settings.search_path, seed=sweep.seed,
+            quality_tokens=sweep.quality.tokens, quality_choices=sweep.quality.choices,
+            search_path=sweep.search_path, seed=sweep.seed,
         )  # fmt: skip
 
     def _settle(self, planned: PlannedCell, outcome: Outcome, reason: str) -> None:
@@ -266,10 +273,10 @@ class SweepWork:
 
     def _add(self, result: RunResult) -> None:
         self._store.add(result)
-        if result.row["outcome"] == Outcome.OK:
+        if result.row.get("quality_reference") is not None:
             self._quality_known.add(result.row["cell_id"])
         self.written += 1
-        names = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key")
+        names = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key", "run_id", "quality_reference")
         self._recorded.append({"kind": "row", "row": {name: result.row.get(name) for name in names}})
         self._remember(result.row)
 
@@ -290,19 +297,3 @@ class SweepWork:
             if item.decision is Decision.UNPLACED and item.reason:
                 counts[item.reason] += 1
         return [f"{reason}: {number} cell{'s' if number > 1 else ''} unplaced" for reason, number in counts.items()]
-
-
-def plan_row(sweep: str, item: Placed, result_key: str | None) -> dict[str, Any]:
-    """One row of `plan.parquet`."""
-    cell = item.planned.cell
-    columns = cell_columns(cell)
-    names = ("cell_id", "baseline_id", "group_id", "model", "workload", "workload_point", "optimization", "hardware")
-    return {
-        **{name: columns[name] for name in names},
-        "sweep": sweep,
-        "result_key": result_key,
-        "hardware_requested": item.planned.hardware_requested,
-        "rounds": item.planned.rounds,
-        "decision": item.decision.value,
-        "reason": item.reason,
-    }

@@ -22,6 +22,7 @@ COPY = "copy_bytes_per_s"
 READ = "read_bytes_per_s"
 GEMM_SIZES = {"cuda": 8192, "cpu": 2048}
 MINIMUM_S = {"cuda": 0.4, "cpu": 0.5}
+ROW = 4096
 BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 256 * 2**20}
 
 
@@ -58,7 +59,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
     kind = device.type
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else BUFFER_BYTES["cpu"] * 8
-    elements = min(BUFFER_BYTES[kind], free // 8) // 4
+    elements = min(BUFFER_BYTES[kind], free // 8) // 4 // ROW * ROW
     ceilings = _bandwidths(device, elements)
     precisions: dict[str, tuple[torch.dtype, bool]] = {
         "fp32": (torch.float32, False),
@@ -80,8 +81,8 @@ def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:
     source = torch.randn(elements, device=device)
     nbytes = source.nbytes
     copy = 2 * nbytes / _best_s(partial(torch.empty_like(source).copy_, source), device)
-    rows = source.view(-1, 4096)
-    vector = torch.randn(4096, device=device)
+    rows = source.view(-1, ROW)
+    vector = torch.randn(ROW, device=device)
     # the best of several kernels that only read: a ceiling is what the memory gives, not what one kernel takes
     readers = (source.sum, rows.amax, lambda: torch.mv(rows, vector))
     read = max(nbytes / _best_s(reader, device) for reader in readers)

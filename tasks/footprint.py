@@ -69,7 +69,7 @@ def _shape(spec: ModelSpec) -> _Shape | None:
         if config is None or config.get("model_type") not in ("llama", "gpt2"):
             return None
         return _gpt2(config) if config["model_type"] == "gpt2" else _llama(spec, config)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError):
         # not at hand, or a configuration that leaves its class's defaults unsaid: no bound is better than a wrong one
         return None
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tasks.cell import Cell
+from tasks.environment import this_machine_key
 from tasks.job import CellJob
 from tasks.registry import workloads
 
@@ -42,6 +43,7 @@ def job_columns(job: CellJob) -> dict[str, Any]:
         "run_id": job.run_id,
         "attempt": job.attempt,
         "profile": job.profile,
+        "machine_key": this_machine_key(),
         "device_kind": job.device.kind,
         "device_name": job.device.name,
         "device_uuid": job.device.uuid,

@@ -127,7 +127,8 @@ def _judge(session: Session, path: Path) -> QualityReading:
     with torch.compiler.set_stance("force_eager"):
         outputs = _outputs(session)
     assert session.loaded is not None
-    trained = session.loaded.weights == "trained"
+    # without a tokenizer the tokens are random, and perplexity on them says nothing about text
+    trained = session.loaded.weights == "trained" and session.loaded.tokenizer is not None
     label, name = ("quality" if trained else "fidelity"), path.stem
     if "logits" in reference:
         return _compare_images(outputs["logits"], reference["logits"], label, name)
@@ -160,7 +161,7 @@ def _outputs(session: Session) -> dict[str, torch.Tensor]:
             return {"logits": _image_logits(session)}
         windows = _windows(session)
         outputs = _text_outputs(session, windows)
-        if "reference" not in outputs and session.job.cell.stack == parse_stack(REFERENCE_STACK):
+        if session.job.cell.stack == parse_stack(REFERENCE_STACK):
             # the floor: the same model, other batch shapes; what differs is the kernels' rounding
             again = _log_probabilities(session, windows, batch=2)
             outputs["floor"] = _divergence(again, outputs["log_probabilities"]).mean().reshape(1)

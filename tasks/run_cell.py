@@ -97,7 +97,7 @@ class _Life:
             technique.load(session.load_options, chosen, session)
         if session.workload.needs_model:
             session.loaded = load(self.job.cell.model, session.load_options, session.device, self.job.search_path)
-            self.row.set(weights=session.loaded.weights)
+            self.row.set(weights=session.loaded.weights or Missing(reason="a factory does not say"))
         for technique, chosen in session.techniques:
             technique.apply(chosen, session)
         session.step = session.workload.prepare(session)

@@ -54,7 +54,10 @@ class Supervisor:
         )
         if done.result is None:
             return RunResult(row=_obituary(job, done).to_dict())
-        return RunResult(row=_with_wall(done.result["row"], done), samples=done.result["samples"])
+        row = _with_wall(done.result["row"], done)
+        if done.kind == "exec" and not executed:
+            row["flags"] = [*row["flags"], "executed_instead"]  # the server refused to fork: unlike the others
+        return RunResult(row=row, samples=done.result["samples"])
 
     def _ensure_reference(self, job: CellJob) -> None:
         """The fp32 reference in a process of its own: never two models on the device at once."""

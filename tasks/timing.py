@@ -188,7 +188,7 @@ class Passes:
         self.timings.after = compilation()
 
     def _chunk(self) -> float:
-        """One chunk; returns the units that it did (all segments of all its calls)."""
+        """One chunk of whole calls; returns the units that its energy is shared among."""
         step, result = self.step, self.timings.throughput
         boundaries = step.boundaries
         seconds = 0.0
@@ -208,11 +208,10 @@ class Passes:
         if not boundaries:
             self.session.synchronize()
             seconds += time.perf_counter() - opened
-        units = float(step.units_per_call * self._chunk_calls)
-        result.units += units
+        result.units += float(step.units_per_call * self._chunk_calls)
         result.seconds += seconds
         result.calls += self._chunk_calls
-        return units
+        return float((step.energy_units_per_call or step.units_per_call) * self._chunk_calls)
 
     def _host_call(self) -> dict[str, list[float]]:
         """One call (or block) with a synchronised clock reading per segment; milliseconds by label."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
+from tasks.models.identity import checkpoint_hash
 from tasks.stacks import precision_of
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ def _flops(session: Session) -> float | Missing:
         return Missing(reason="not loaded")
     if cell.model.source == "factory":
         return Missing(reason="a factory's module has no reference to count on the meta device")
-    key = digest({"model": cell.model.identity(), "workload": str(cell.workload), "convention": 1})
+    import transformers
+
+    content = checkpoint_hash(cell.model) if cell.model.source != "none" else None
+    what = {"model": cell.model.identity(), "content": content, "transformers": transformers.__version__}
+    key = digest({**what, "workload": str(cell.workload), "convention": 2})
     kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
     if session.job.artifact_dir and kept.exists():
         return float(json.loads(kept.read_text()))

@@ -20,7 +20,11 @@ class Energy(Metric):
     name = "energy"
     columns = (
         Column(name="energy_j", type="float", doc="gross energy of the window, idle share included"),
-        Column(name="energy_j_per_unit", type="float", doc="energy_j over the units done in the window"),
+        Column(
+            name="energy_j_per_unit",
+            type="float",
+            doc="energy_j over the units done; decode: whole requests over all their new tokens",
+        ),
         Column(name="energy_j_per_unit_net", type="float", doc="the same without the idle power"),
         Column(name="energy_uncertainty", type="float", doc="relative bound of the error of energy_j_per_unit"),
         Column(name="energy_window_s", type="float", doc="length of the window"),

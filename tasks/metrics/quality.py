@@ -35,6 +35,11 @@ class Quality(Metric):
         Column(name="quality_choices", type="int", doc="multiple-choice questions answered"),
         Column(name="quality_label", type="string", doc="quality, or fidelity where weights are random"),
         Column(name="quality_reference", type="string", doc="hash of what it was compared with"),
+        Column(
+            name="quality_path",
+            type="string",
+            doc="what was judged: compiled steps and KV caches are not, only weights",
+        ),
     )
 
     def collect(self, session: Session) -> dict[str, Any]:
@@ -50,4 +55,5 @@ class Quality(Metric):
             "quality_choices": reading.choices,
             "quality_label": reading.label,
             "quality_reference": reading.reference,
+            "quality_path": "whole sequences, not compiled, without KV cache",
         }

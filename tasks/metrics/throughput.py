@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Beyond this the passes do not describe the same thing (measurement protocol, section Passes).
 AGREEMENT = 0.02
+# Beyond this something disturbed one of them, and neither may decide a verdict.
+CONTRADICTION = 0.10
 
 
 class Throughput(Metric):
@@ -38,3 +40,5 @@ class Throughput(Metric):
         synchronised = session.step.units_per_call / (mean(values) / 1e3 * calls)
         if synchronised > rate * (1 + AGREEMENT):
             session.row.flag("passes_disagree")
+        if synchronised > rate * (1 + CONTRADICTION):
+            session.row.flag("passes_contradict")

@@ -25,17 +25,25 @@ def checkpoint_folder(spec: ModelSpec) -> Path | None:
     return Path(spec.reference) if spec.source == "path" else None
 
 
-def checkpoint_hash(spec: ModelSpec) -> str:
+_CONTENT = (".safetensors", ".json", ".py", ".model", ".txt", ".jinja")
+
+
+def checkpoint_hash(spec: ModelSpec, search_path: tuple[str, ...] = ()) -> str:
     """Hash of what the weights are: file contents for checkpoints, the configuration for random weights.
 
-    Hub models are identified by name and revision, factories by name and, where the file is found, its text.
+    Hub models are identified by name and revision, factories by name and, where it lies in `search_path`, their file.
     """
     folder = checkpoint_folder(spec)
     if folder is not None:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+        files = sorted(path for path in folder.iterdir() if path.suffix in _CONTENT)
         return digest([[path.name, _file_hash(path, path.stat().st_mtime_ns)] for path in files])
     if spec.source == "random":
         return digest(random_config(spec.reference))
+    if spec.source == "factory":
+        module = Path(*spec.reference.partition(":")[0].split("."))
+        files = [Path(folder) / module.with_suffix(".py") for folder in search_path]
+        found = next((file for file in files if file.is_file()), None)
+        return digest([spec.identity(), _file_hash(found, found.stat().st_mtime_ns) if found else None])
     return digest(spec.identity())
 
 
@@ -53,7 +61,7 @@ def random_config(reference: str) -> dict[str, Any]:
     path = Path(reference)
     if not path.is_file():
         raise ModelError(f"random:{reference} is neither a named architecture ({', '.join(ARCHITECTURES)}) nor a file")
-    config: dict[str, Any] = json.loads(path.read_text())
+    config = _json_object(path)
     if "model_type" not in config:
         raise ModelError(f"{path}: a configuration needs the key model_type")
     return config
@@ -63,9 +71,18 @@ def config_of(spec: ModelSpec) -> dict[str, Any] | None:
     """The configuration without torch: None for hub models and factories, which are not at hand."""
     folder = checkpoint_folder(spec)
     if folder is not None:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        return config
+        return _json_object(folder / "config.json")
     return random_config(spec.reference) if spec.source == "random" else None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds {type(data).__name__}, a JSON object is needed")
+    return data
 
 
 def model_type(spec: ModelSpec) -> str | None:
@@ -86,14 +103,18 @@ def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
         found = f"found only {', '.join(sorted(pickles))}, which can run code when loaded" if pickles else "none found"
         raise ModelError(f"{folder}: only safetensors weights are loaded, {found}; convert with save_pretrained")
     root = folder.resolve()
-    for path in [*weights, *folder.glob("*.json")]:
-        # the hub's cache is made of links into its own blobs folder, two levels up
-        if not path.resolve().is_relative_to(root) and root.parent.name != "snapshots":
+    # the hub's cache is made of links into its own blobs folder, two levels up
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in folder.rglob("*"):
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ModelError(f"{path} points outside {folder}: refused")
     for index in folder.glob("*.index.json"):
-        for name in set(json.loads(index.read_text()).get("weight_map", {}).values()):
+        weight_map = _json_object(index).get("weight_map", {})
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index}: weight_map is not an object")
+        for name in set(map(str, weight_map.values())):
             if Path(name).name != name:
                 raise ModelError(f"{index}: weight file {name!r} is not inside {folder}: refused")
-    config = json.loads((folder / "config.json").read_text())
+    config = _json_object(folder / "config.json")
     if "auto_map" in config and not trust_remote_code:
         raise ModelError(f"{folder}: the checkpoint brings its own code; set trust_remote_code: true for it if you do")

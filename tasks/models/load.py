@@ -21,10 +21,14 @@ LinearFactory = Callable[[str, "torch.nn.Linear"], "torch.nn.Module"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """`weights` is trained or random. `make_inputs(batch_size, count)` and `loss` come with factories only."""
+    """What was loaded.
+
+    `weights` is trained or random, None where nobody can tell. `make_inputs(batch_size, device, seed)` and `loss` come
+    with factories only.
+    """
 
     model: Any
-    weights: str
+    weights: str | None
     config: Any = None
     tokenizer: Any = None
     make_inputs: Callable[..., Any] | None = None
@@ -174,7 +178,7 @@ def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search
     model = model.to(device=device)
     if options.dtype:
         model = model.to(dtype=torch_dtype(options.dtype))
-    return LoadedModel(model=model.eval(), weights="trained", make_inputs=make_inputs, loss=loss)
+    return LoadedModel(model=model.eval(), weights=None, make_inputs=make_inputs, loss=loss)
 
 
 __all__ = ["POCKET", "LinearFactory", "LoadedModel", "auto_class", "build_random", "hf_config", "load", "torch_dtype"]

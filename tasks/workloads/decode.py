@@ -57,6 +57,7 @@ class _Loop(Step):
         batch, length = prompts[0].shape
         self.prompt_tokens = length
         self.units_per_call = batch * (new_tokens - 1)
+        self.energy_units_per_call = batch * new_tokens  # a request's energy holds its prompt and its first token
         self.tokens = torch.full((batch, new_tokens), -1, dtype=torch.long, device=session.device)
         self._last_index = 0
 

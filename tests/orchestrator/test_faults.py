@@ -42,6 +42,7 @@ def measuring(out: Path, tools: Any) -> bool:
 
 
 class TestDriver:
+    @pytest.mark.slow
     def test_killed_then_the_same_command(
         self, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:
@@ -66,6 +67,7 @@ class TestDriver:
         assert_complete(out, tools, 4)
         assert not list(out.glob(".lock"))
 
+    @pytest.mark.slow
     def test_first_signal_finishes_the_running_cell(
         self, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:
@@ -84,6 +86,7 @@ class TestDriver:
         assert len(list((out / "rows").glob("*.parquet"))) == 1
         assert not [p for p in family if alive(p)]
 
+    @pytest.mark.slow
     def test_second_signal_stops_now(
         self, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:
@@ -111,6 +114,7 @@ class TestDriver:
 
 
 class TestCluster:
+    @pytest.mark.slow
     def test_runner_is_killed(
         self, cluster: Any, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
     ) -> None:

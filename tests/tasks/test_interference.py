@@ -33,6 +33,8 @@ START = CpuSnapshot(
 # Two seconds of four busy threads on four CPUs.
 QUIET = replace(START, wall_s=102.0, process_cpu_s=13.0, busy_s=58.0)
 
+WAITED = (START.run_delay_s or 0.0) + 8 * 0.06
+
 
 def report(
     changed: dict[str, Any] | None = None, canary: tuple[float, float] | None = (1.0, 1.0)
@@ -51,9 +53,11 @@ def test_a_quiet_machine_has_no_flags() -> None:
     ("changed", "flags"),
     [
         ({"process_cpu_s": 5.0 + 8 * 0.96}, ()),
-        ({"process_cpu_s": 5.0 + 8 * 0.94}, ("interference",)),
-        ({"process_cpu_s": 5.0 + 8 * 0.89}, ("interference", "foreign_load", "cpu_starved")),
-        ({"process_cpu_s": 5.0 + 8 * 0.89, "busy_s": 57.1}, ("interference", "cpu_starved")),
+        ({"process_cpu_s": 5.0 + 8 * 0.94, "run_delay_s": WAITED}, ("interference",)),
+        ({"process_cpu_s": 5.0 + 8 * 0.89, "run_delay_s": WAITED}, ("interference", "foreign_load", "cpu_starved")),
+        ({"process_cpu_s": 5.0 + 8 * 0.89, "busy_s": 57.1, "run_delay_s": WAITED}, ("interference", "cpu_starved")),
+        # work that does not parallelise leaves CPUs alone by itself
+        ({"process_cpu_s": 5.0 + 8 * 0.50, "busy_s": 54.0}, ()),
         ({"involuntary_switches": 26}, ()),
         ({"involuntary_switches": 28}, ("interference",)),
         ({"pressure_s": 3.09}, ()),
@@ -129,6 +133,11 @@ def gpu(*processes: GpuProcess, **rest: object) -> FakeGpu:
     return FakeGpu(ManualClock(), processes=processes, **rest)  # type: ignore[arg-type]
 
 
+def hidden(**rest: object) -> FakeGpu:
+    """A card that does not say which processes use it."""
+    return gpu(unsupported=("processes",), **rest)
+
+
 def test_foreign_processes_are_all_but_ours() -> None:
     card = gpu(GpuProcess(1), GpuProcess(2))
     assert foreign_processes(card, {1}) == (GpuProcess(2),)
@@ -144,10 +153,12 @@ def test_foreign_processes_are_all_but_ours() -> None:
         (gpu(GpuProcess(9, 1, 1.0)), 1.0, ()),
         (gpu(GpuProcess(9, 1, 1.5), GpuProcess(8, 1, 1.5)), 3.0, ("foreign_gpu_process",)),
         (gpu(GpuProcess(9, 1, None), utilization_percent=50.0), 50.0, ("foreign_gpu_process",)),
-        (gpu(facts=GpuFacts(display_active=False), utilization_percent=50.0), 50.0, ("foreign_gpu_process",)),
-        (gpu(facts=GpuFacts(display_active=True), utilization_percent=50.0), 50.0, ()),
-        (gpu(facts=GpuFacts(display_active=None), utilization_percent=50.0), 50.0, ()),
-        (gpu(facts=GpuFacts(display_active=False), unsupported=("utilization_percent",)), None, ()),
+        (hidden(facts=GpuFacts(display_active=False), utilization_percent=50.0), 50.0, ("foreign_gpu_process",)),
+        (hidden(facts=GpuFacts(display_active=True), utilization_percent=50.0), 50.0, ()),
+        (hidden(facts=GpuFacts(display_active=None), utilization_percent=50.0), 50.0, ()),
+        # nobody holds a context: the utilisation that is remembered is the cell before
+        (gpu(facts=GpuFacts(display_active=False), utilization_percent=50.0), None, ()),
+        (gpu(facts=GpuFacts(display_active=False), unsupported=("utilization_percent", "processes")), None, ()),
         (NoGpu(), None, ()),
     ],
 )
@@ -160,7 +171,7 @@ def test_foreign_activity_above_two_percent_is_flagged_and_a_display_is_not(
 
 
 def test_the_cell_before_is_not_foreign() -> None:
-    card = gpu(facts=GpuFacts(display_active=False), utilization_percent=50.0)
+    card = hidden(facts=GpuFacts(display_active=False), utilization_percent=50.0)
 
     def sleep(seconds: float) -> None:
         card.utilization = 0.0

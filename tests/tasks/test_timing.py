@@ -13,7 +13,7 @@ import pytest
 
 from tasks.job import PROFILES
 from tasks.timing import Passes
-from tasks.workload import END, SETUP, Mark
+from tasks.workload import END, SETUP, Mark, Step
 
 
 def sleep_s(seconds: float) -> None:
@@ -26,7 +26,7 @@ def spin_s(seconds: float) -> None:
         pass
 
 
-class OneSegment:
+class OneSegment(Step):
     """A call of known time; `truth` holds what each call took on this machine, in milliseconds."""
 
     primary = "call"
@@ -48,7 +48,7 @@ class OneSegment:
         return []
 
 
-class Request:
+class Request(Step):
     """A decode-like call: setup 2 ms, first token 6 ms, four tokens of 3 ms, end."""
 
     primary = "token"
