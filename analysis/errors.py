@@ -1,4 +1,4 @@
-"""The one error of this package that is the person's to solve."""
+"""The errors of this package that are the person's to solve."""
 
 
 class AnalysisError(ValueError):

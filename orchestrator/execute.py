@@ -74,17 +74,19 @@ def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_t
     loaded = _load(sweep, options)
     out = options.out or RESULTS / loaded.name
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
-        raise StoreError(f"--out {out}: results go to a folder that is mounted here; object stores are not supported.")
+        where = str(out).replace(":/", "://", 1)
+        raise StoreError(f"--out {where}: results go to a folder that is mounted here; object stores are not supported")
     tag = local_tag(probe())
+    planned = planned_cells(loaded, None, tag)
     # a wrong expression must be found before anything is started
-    chosen = {item.cell.cell_id for item in planned_cells(loaded, options.only, tag)}
+    chosen = planned_cells(loaded, options.only, tag) if options.only else planned
+    cells = _Cells(planned=planned, chosen={item.cell.cell_id for item in chosen})
     from orchestrator.store import Store
 
     store = Store.open(out)
     try:
         store.write_sweep(loaded.to_yaml())
-        return _measure(loaded, _Cells(planned=planned_cells(loaded, None, tag), chosen=chosen), options, out, store,
-                        progress_to)  # fmt: skip
+        return _measure(loaded, cells, options, out, store, progress_to)
     finally:
         store.close()
 

@@ -100,24 +100,23 @@ class Ledger:
 
     def history(self) -> str | None:
         """What the folder holds already, in one line; None when that is nothing."""
-        parts = []
-        if self.done_runs:
-            parts.append(f"{_runs(self.done_runs)} there already")
+        if not self.done_runs and not self.stale:
+            return None
+        text = f"{_runs(self.done_runs, 'is', 'are')} there already"
         if self.stale:
-            text = f"{len(self.stale)} no longer match{'es' if len(self.stale) == 1 else ''} this sweep and machine"
-            parts.append(f"{text}, what is missing is measured again")
-        failed = [str(outcome) for outcome, number in self.outcomes.items() if outcome in FAILED for _ in range(number)]
+            text += f", {_runs(len(self.stale), 'no longer matches', 'no longer match')} and must be measured again"
+        failed = {str(outcome): number for outcome, number in self.outcomes.items() if outcome in FAILED}
         if failed:
-            again = ",".join(dict.fromkeys(failed))
-            parts.append(f"{len(failed)} failed: measure them again with --retry {again}")
-        return "; ".join(parts) or None
+            text += f"; {sum(failed.values())} failed: measure them again with --retry {','.join(failed)}"
+        return text
 
 
 def result_key(identity: dict[str, Any], versions: dict[str, Any]) -> str:
     """The key of a reusable result: `<digest of identity>-<digest of versions>`.
 
     Args:
-        identity: cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version, machine_key.
+        identity: cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version and
+            machine_key.
         versions: torch, transformers and backend versions.
     """
     return f"{digest(identity)}-{digest(versions)}"
@@ -228,8 +227,8 @@ def _fits(expected: str | Collection[str] | None, runs: Sequence[Done], reuse: R
     return lambda run: run.result_key is not None and _compared(run.result_key, reuse) in wanted
 
 
-def _runs(number: int) -> str:
-    return "1 run is" if number == 1 else f"{number} runs are"
+def _runs(number: int, one: str, many: str) -> str:
+    return f"1 run {one}" if number == 1 else f"{number} runs {many}"
 
 
 def _compared(key: str, reuse: Reuse) -> str:

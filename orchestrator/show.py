@@ -71,20 +71,21 @@ def print_status(directory: Path) -> None:
     from analysis.errors import NoRows
 
     state = read_state(directory)
+    left: dict[str, float] = {}
     try:
         frame, _ = _load([directory])
     except NoRows:
-        frame = None
         print("no rows yet")
     else:
         _print_coverage([directory], frame)
+        left = _seconds_left(directory, frame)
     if state.ended:
         print(f"last run {state.run_id}: ended {state.ended}")
     elif state.run_id is not None:
         print(f"run {state.run_id}: {'under way' if _is_locked(directory) else 'cut short, start it again to resume'}")
         for slot, text in sorted(state.running.items()):
             print(f"  {slot}: {text}")
-    for tag, seconds in sorted(_seconds_left(directory, frame).items() if frame is not None else ()):
+    for tag, seconds in sorted(left.items()):
         print(f"  {tag}: about {duration(seconds)} of measuring left")
     for text in state.faults[-5:]:
         print(f"  fault: {text}")

@@ -238,7 +238,7 @@ def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = ()) -> Swee
         raise SweepError(f"{path}: cannot be read: {error.strerror}") from None
     document = parse(text, str(path))
     apply_overrides(document, overrides)
-    if "name" not in document.data and (name := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")):
+    if "name" not in document.data and (name := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")):
         document.data["name"] = name
     return _validated(document, path.resolve().parent)
 

@@ -84,6 +84,28 @@ def test_a_row_that_was_never_run_gives_way_to_one_that_was(build: SimpleNamespa
     assert load(build.parts(tmp_path / "other", rows))["outcome"].tolist() == ["unsupported"]
 
 
+def test_a_changed_baseline_is_taken_from_the_plan(build: SimpleNamespace, tmp_path: Path) -> None:
+    old, new = build.cell(), build.cell("bf16")
+    build.parts(tmp_path, [build.row(old, 0), build.row(new, 0)])
+    lines = [{"cell_id": cell.cell_id, "baseline_id": new.cell_id, "rounds": 1} for cell in (old, new)]
+    pq.write_table(pa.Table.from_pylist(lines), tmp_path / "plan.parquet")
+    assert load(tmp_path)["baseline_id"].tolist() == [new.cell_id] * 2
+
+
+def test_cells_that_left_the_plan_are_left_out(build: SimpleNamespace, tmp_path: Path) -> None:
+    kept, gone = build.cell(), build.cell("nf4")
+    build.parts(tmp_path, [build.row(kept, 0), build.row(gone, 0), build.row(gone, 1)])
+    build.plan(tmp_path, [kept], rounds=1)
+    frame = load(tmp_path)
+    assert frame["cell_id"].tolist() == [kept.cell_id] and frame.attrs["not_planned"] == 2
+    everything = load(tmp_path, reuse="all")
+    assert len(everything) == 3 and everything.attrs["not_planned"] == 0
+    assert everything["baseline_id"].notna().all()
+    build.plan(tmp_path, [build.cell("bf16")])
+    with pytest.raises(AnalysisError, match="no row of its plan"):
+        load(tmp_path)
+
+
 def test_several_folders_join(build: SimpleNamespace, tmp_path: Path) -> None:
     folders = [build.parts(tmp_path / tag, build.sweep(hardware=(tag,))) for tag in ("h200", "cpu")]
     frame = load(folders)

@@ -72,6 +72,7 @@ class TestPlan:
         (("run", "SWEEP", "--set", "optimizations=[bf61]"), "did you mean 'bf16'"),
         (("run", "SWEEP", "--only", "optimisation=bf16"), "did you mean 'optimization'"),
         (("run", "SWEEP", "--only", "model=absent"), "matches none"),
+        (("run", "SWEEP", "--only", "hardware=nowhere"), "matches none"),
         (("run", "SWEEP", "--retry", "eror"), "did you mean 'error'"),
         (("run", "SWEEP", "--wait-nodes", "soon"), "not a time"),
         (("plan", "SWEEP", "--set", "profile=quik"), "did you mean 'quick'"),
@@ -89,6 +90,25 @@ def test_bad_input(arguments: tuple[str, ...], message: str, sweep: Path, tmp_pa
     assert result.returncode == 2 and not result.stdout
     assert message in " ".join(result.stderr.replace("│", " ").split()) and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_object_stores_are_refused(sweep: Path) -> None:
+    result = benchmatrix("run", sweep, "--out", "s3://bucket/results")
+    assert result.returncode == 2 and not result.stdout
+    assert "s3://bucket/results: results go to a folder" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (ROOT / "s3:").exists()
+
+
+def test_status_before_the_first_row(tmp_path: Path) -> None:
+    from orchestrator.store import Store
+
+    with Store.open(tmp_path) as store:
+        store.note("run", run_id="r1")
+        store.note("block", block_id="b1", round=0, slot="host/cpu", cells=3, group="pocket prefill")
+        result = benchmatrix("status", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("no rows yet\nrun r1: under way\n")
+    assert "host/cpu: round 0 of pocket prefill, 0 of 3 cells" in result.stdout
 
 
 def test_no_cluster_there_is_one_sentence(sweep: Path, tmp_path: Path) -> None:
@@ -121,3 +141,25 @@ def test_run_from_python(sweep: Path, tmp_path: Path) -> None:
     assert finished.outcomes == {"ok": 1, "unsupported": 1}
     again = orchestrator.run(sweep, out=tmp_path / "out", overrides=overrides)
     assert again.runs == 0 and again.outcomes == finished.outcomes
+
+
+def test_only_limits_what_is_measured_and_not_the_plan(sweep: Path, tmp_path: Path) -> None:
+    import yaml
+
+    import orchestrator
+    from analysis import load_plan
+    from orchestrator.execute import Options, execute
+    from orchestrator.planning import local_tag
+    from tasks.probe import probe
+
+    overrides = ("rounds=1", "quality=false", "optimizations=[baseline, bf16, sdpa-cudnn]")
+    only = f"hardware={local_tag(probe())},optimization=baseline"
+    options = Options(out=tmp_path / "out", overrides=overrides, only=only)
+    document = yaml.safe_load(sweep.read_text())
+    finished = execute(document, options)
+    assert (finished.status, finished.planned, finished.outcomes) == (0, 1, {"ok": 1})
+    plan = load_plan(tmp_path / "out")
+    assert plan is not None and plan["optimization"].tolist() == ["baseline", "bf16", "sdpa-cudnn"]
+    assert "1 ok, 2 missing" in benchmatrix("status", tmp_path / "out").stdout
+    with pytest.raises(orchestrator.sweep.SweepError, match="not to a Sweep"):
+        orchestrator.run(orchestrator.sweep.make_sweep(document), out=tmp_path / "out", overrides=overrides)

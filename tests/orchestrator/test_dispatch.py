@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from orchestrator.dispatch import Dispatcher
 from orchestrator.expand import expand
 from orchestrator.interrupt import Stop
-from orchestrator.inventory import Node, bench_devices
+from orchestrator.inventory import Inventory, Node, bench_devices
 from orchestrator.patience import PatientStore
-from orchestrator.slots import BenchSlot
+from orchestrator.progress import Progress
+from orchestrator.slots import BenchSlot, Phase
 from orchestrator.store import Store, StoreFull
 from orchestrator.sweep import make_sweep
 from orchestrator.work import RunSettings, SweepWork
@@ -37,15 +40,15 @@ SWEEP: dict[str, Any] = {
 class Bench:
     """A store, the work over it, and slots on pretended nodes."""
 
-    def __init__(self, folder: Path, *tags: str) -> None:
+    def __init__(self, folder: Path, *tags: str, only: set[str] | None = None, **changes: Any) -> None:
         self.store = Store.open(folder)
-        self.sweep = make_sweep(SWEEP)
+        self.sweep = make_sweep(SWEEP | changes)
         self.settled: list[dict[str, Any]] = []
         patient = PatientStore(self.store, stopping=lambda: False, say=print)
         self.work = SweepWork(
             expand(self.sweep, "cpu"), patient, self.store.records,
             RunSettings(sweep=self.sweep, run_id="run", ray_version="2.60.0"),
-            settled=self.settled.append, write_plan=self.store.write_plan,
+            settled=self.settled.append, write_plan=self.store.write_plan, only=only,
         )  # fmt: skip
         self.nodes = [self.node(f"{number}-{tag}", tag) for number, tag in enumerate(tags)]
         self.messages = self.offer()
@@ -66,6 +69,8 @@ class Bench:
     def finish(self, job: CellJob, outcome: str = "ok") -> None:
         row = Row()
         row.set(**job_columns(job), outcome=outcome, reason=None if outcome == "ok" else "a reason")
+        if job.quality and outcome == "ok":
+            row.set(quality_reference="reference")
         self.work.done(job, RunResult(row=row.to_dict()))
 
     def finish_all(self, number: int) -> list[CellJob]:
@@ -115,6 +120,67 @@ def test_quality_is_measured_once_per_cell(folder: Path) -> None:
     assert sum(job.quality for job in jobs) == len({job.cell.cell_id for job in jobs})
     assert all(job.round == 0 for job in jobs if job.quality)
     bench.store.close()
+
+
+def test_a_run_without_a_reading_leaves_quality_to_the_next(folder: Path) -> None:
+    bench = Bench(folder, "a100")
+    (job, *_) = bench.work.take(bench.slot(0))
+    bench.finish(job, "invalid")
+    bench.store.close()
+    later = Bench(folder, "a100")
+    jobs = [other for other in later.finish_all(0) if other.cell.cell_id == job.cell.cell_id]
+    assert [other.quality for other in jobs] == [True] + [False] * (len(jobs) - 1)
+    later.store.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "runs"),
+    [
+        ({"quality": False}, {}, 8),
+        ({}, {"quality": {"tokens": 100}}, 8),
+        ({}, {"quality": {"tokens": 2048}}, 0),
+        ({}, {"seed": 1}, 8),
+        ({}, {"limits": {"memory_budget_gib": 1}}, 8),
+        ({}, {"limits": {"cell_timeout_s": 1}}, 0),
+    ],
+)
+def test_what_changes_a_result_makes_it_stale(
+    folder: Path, before: dict[str, Any], after: dict[str, Any], runs: int
+) -> None:
+    bench = Bench(folder, "a100", **before)
+    bench.finish_all(0)
+    bench.store.close()
+    later = Bench(folder, "a100", **after)
+    jobs = later.finish_all(0)
+    assert len(jobs) == runs
+    wanted = after.get("quality", {}).get("tokens", 2048)
+    assert all((job.quality_tokens, job.quality_choices) == (wanted, 100) for job in jobs)
+    later.store.close()
+
+
+def test_switching_quality_leaves_training_alone(folder: Path) -> None:
+    workloads = [{"kind": "train_step", "batch_size": 1, "sequence_length": 16}]
+    bench = Bench(folder, "a100", workloads=workloads, quality=False)
+    assert bench.finish_all(0)
+    bench.store.close()
+    later = Bench(folder, "a100", workloads=workloads)
+    assert later.finish_all(0) == []
+    assert any("4 runs are there already" in message for message in later.messages)
+    later.store.close()
+
+
+def test_only_leaves_the_rest_to_the_plan(folder: Path) -> None:
+    from analysis import load_plan
+
+    planned = [item.cell for item in expand(make_sweep(SWEEP), "cpu")]
+    only = {cell.cell_id for cell in planned if cell.hardware == "a100" and str(cell.stack) == "baseline"}
+    bench = Bench(folder, "a100", only=only)
+    assert bench.messages == [] and not bench.settled
+    assert {job.cell.cell_id for job in bench.finish_all(0)} == only
+    assert not bench.work.left() and bench.work.outcomes() == {"ok": 2}
+    bench.store.close()
+    plan = load_plan(folder)
+    assert plan is not None and plan["cell_id"].tolist() == [cell.cell_id for cell in planned]
 
 
 def test_a_broken_block_is_finished_as_a_new_one_elsewhere(folder: Path) -> None:
@@ -170,6 +236,19 @@ def test_a_full_disk_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert said == ["No space left to write x. Waiting for space."]
     with Store.open(folder) as store:
         assert [record["kind"] for record in store.records] == ["run"]
+
+
+def test_ceilings_that_could_not_be_measured_are_said(folder: Path) -> None:
+    bench, terminal = Bench(folder, "a100"), io.StringIO()
+    slot = bench.slot(0)
+    slot.phase = Phase.PREPARING
+    dispatcher = Dispatcher(
+        work=bench.work, inventory=Inventory(), journal=PatientStore(bench.store, stopping=lambda: False, say=print),
+        progress=Progress(0, terminal), stopping=lambda: False, static=True,
+    )  # fmt: skip
+    dispatcher._heed(slot, {"error": "out of memory", "cpus": [0]})
+    assert f"{slot.slot_id}: its ceilings could not be measured: out of memory" in terminal.getvalue()
+    bench.store.close()
 
 
 def test_first_signal_is_heard_while_python_is_blocked(capfd: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,37 @@ def test_retry_names_outcomes_to_run_again():
     assert [names(block) for block in remaining(planned, records, retry=("crashed", "error"))] == [{"baseline", "bf16"}]
 
 
+@pytest.mark.parametrize(("ran_under", "now", "again"), [(60, 120, True), (60, 60, False), (60, 30, False)])
+def test_a_timeout_is_measured_again_under_a_higher_limit(ran_under, now, again):
+    records = [{"kind": "run", "run_id": "r1", "timeout_s": ran_under}, row(BASE, 0), row(BF16, 0, "timeout")]
+    records[2]["row"]["run_id"] = "r1"
+    planned = [PlannedCell(BASE, 1), PlannedCell(BF16, 1)]
+    blocks = remaining(planned, records, timeout_s=now)
+    assert [names(block) for block in blocks] == ([{"baseline", "bf16"}] if again else [])
+
+
+def test_a_timeout_under_an_unknown_limit_counts():
+    records = [row(BASE, 0), row(BF16, 0, "timeout")]
+    assert remaining([PlannedCell(BASE, 1), PlannedCell(BF16, 1)], records, timeout_s=1e6) == []
+
+
+def test_only_a_reading_counts_as_judged():
+    records = [row(BASE, 0), row(BF16, 0)]
+    records[1]["row"]["quality_reference"] = "abc"
+    assert decide([PlannedCell(BASE), PlannedCell(BF16)], records, lambda _: KEY).judged == {BF16.cell_id}
+
+
+def test_history_is_one_line():
+    planned = [PlannedCell(BASE), PlannedCell(BF16)]
+    assert decide(planned, [], lambda _: KEY).history() is None
+    records = [row(BASE, 0), row(BF16, 0, "error"), row(BASE, 1), row(BF16, 1, "timeout")]
+    records += [row(BASE, 2, key=OTHER_TORCH), row(BF16, 2, key=OTHER_TORCH)]
+    assert decide(planned, records, lambda _: KEY).history() == (
+        "4 runs are there already, 2 runs no longer match and must be measured again; "
+        "2 failed: measure them again with --retry error,timeout"
+    )
+
+
 def test_another_result_key_is_stale_and_keeps_its_round_number():
     planned = [PlannedCell(BASE, 1)]
     ledger = decide(planned, [row(BASE, 0, key=OTHER_TORCH)], lambda _: KEY)

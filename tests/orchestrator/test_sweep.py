@@ -284,6 +284,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "mine.yaml:9: 'baseline' is the baseline: every comparison needs it; exclude the model or the workload, "
         "or choose another baseline",
     ),
+    "exclude of no kind": (
+        GOOD + "exclude:\n  - workload: {kind: [], batch_size: 1}\n",
+        "mine.yaml:9: kind is an empty list: it needs at least one workload",
+    ),
+    "model id that cannot be printed": (
+        GOOD.replace("[pocket]", '[{id: "a\\nb", random: gpt2}]'),
+        "mine.yaml:1: the id 'a\\nb' of a model has characters that cannot be printed",
+    ),
     "exclude of nothing": (
         GOOD + "exclude:\n  - {}\n",
         "mine.yaml:9: this entry selects nothing: give one of model, workload, optimization, hardware",
@@ -498,6 +506,19 @@ def test_includes_survive_being_written(tmp_path: Path) -> None:
     )
     sweep = load_sweep(write(tmp_path, text))
     assert make_sweep(yaml.safe_load(sweep.to_yaml()), folder=tmp_path) == sweep
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("my sweep (2).yaml", "my-sweep-2-"), ("_x.yaml", "x"), ("\u00e4.yaml", "sweep")]
+)
+def test_a_name_from_any_file(tmp_path: Path, file: str, name: str) -> None:
+    assert load_sweep(write(tmp_path, GOOD, file)).name == name
+
+
+def test_overrides_from_python() -> None:
+    document = {"models": ["pocket"], "workloads": [{"kind": "decode"}], "optimizations": ["bf16"], "limits": {}}
+    sweep = make_sweep(document, overrides=["limits.cell_timeout_s=5", "seed=3"])
+    assert (sweep.limits.cell_timeout_s, sweep.seed, document["limits"]) == (5, 3, {})
 
 
 def test_from_python() -> None:
