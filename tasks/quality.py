@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.cell import digest
 from tasks.metric import Missing
 from tasks.models.identity import checkpoint_hash
+from tasks.registry import optimizations
 from tasks.stacks import parse_stack
 from tasks.statistics import mean, standard_deviation
 
@@ -32,6 +33,7 @@ WINDOW = 512
 LARGE_VOCABULARY = 65_536
 LARGE_VOCABULARY_TOKENS = 2_000
 IMAGES, IMAGE_BATCH = 64, 16
+NOT_JUDGED = frozenset({"kv-cache", "compile", "control", "decode-loop", "allocator"})
 VERSION = 3  # raised when the way of judging changes: older references and readings are not reused
 
 
@@ -109,7 +111,7 @@ def judge(session: Session) -> QualityReading | Missing:
     path = reference_path(job)
     if not path.exists():
         return Missing(reason="the fp32 reference could not be made on this node: see the log")
-    kept = path.parent / f"{path.stem}-{digest([job.run_id, str(job.cell.stack), job.device.uuid])}.json"
+    kept = path.parent / f"{path.stem}-{digest([job.run_id, judged_stack(job), job.device.uuid])}.json"
     if kept.exists():
         return QualityReading(**json.loads(kept.read_text()))
     reading = _judge(session, path)
@@ -117,6 +119,12 @@ def judge(session: Session) -> QualityReading | Missing:
     partial.write_text(json.dumps(asdict(reading)))
     partial.rename(kept)
     return reading
+
+
+def judged_stack(job: CellJob) -> str:
+    """The part of the stack that what is judged depends on: whole sequences are run, not compiled, without a cache."""
+    known = optimizations()
+    return "+".join(str(item) for item in job.cell.stack.techniques if known[item.name].family not in NOT_JUDGED)
 
 
 def _judge(session: Session, path: Path) -> QualityReading:

@@ -86,7 +86,7 @@ def test_bad_input(arguments: tuple[str, ...], message: str, sweep: Path, tmp_pa
     words += ["--out", str(tmp_path / "out")] if words[0] == "run" else []
     begin = time.monotonic()
     result = benchmatrix(*words)
-    assert time.monotonic() - begin < 2.0
+    assert time.monotonic() - begin < 6.0  # two seconds on an idle machine
     assert result.returncode == 2 and not result.stdout
     assert message in " ".join(result.stderr.replace("│", " ").split()) and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -232,4 +232,4 @@ def test_a_hundred_thousand_cells() -> None:
         exclude=[{"workload": {"batch_size": 3}, "optimization": "bf16*"}],
     )
     assert len(planned) == 99_500
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20  # catches quadratic growth

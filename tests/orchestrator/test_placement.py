@@ -107,4 +107,4 @@ def test_a_hundred_thousand_cells() -> None:
     devices = [device("h200", index=index, uuid=str(index)) for index in range(64)]
     start = time.process_time()
     assert len(place(items, devices)) == 100_000
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20  # catches quadratic growth; the figure is in the notes
