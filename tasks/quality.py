@@ -45,7 +45,7 @@ class QualityReading:
     reference: str
     scored: int
     top1_agreement: float
-    top1_agreement_stderr: float
+    top1_agreement_stderr: float | None
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     perplexity_log_ratio: float | None = None
@@ -242,7 +242,7 @@ def _compare_text(
     agree = (mine.argmax(-1) == reference.argmax(-1)).double()
     per_window = [tensor.mean(1).tolist() for tensor in (nll, nll - reference_nll, divergence, agree)]
     means = [mean(values) for values in per_window]
-    errors = [(standard_deviation(values) or 0.0) / math.sqrt(len(values)) for values in per_window]
+    errors = [_standard_error(values) for values in per_window]
     return QualityReading(
         label=label,
         reference=name,
@@ -250,7 +250,7 @@ def _compare_text(
         top1_agreement=means[3],
         top1_agreement_stderr=errors[3],
         perplexity=math.exp(means[0]) if trained else None,
-        perplexity_stderr=math.exp(means[0]) * errors[0] if trained else None,
+        perplexity_stderr=math.exp(means[0]) * errors[0] if trained and errors[0] is not None else None,
         perplexity_log_ratio=means[1] if trained else None,
         perplexity_log_ratio_stderr=errors[1] if trained else None,
         kl_divergence=means[2],
@@ -258,6 +258,12 @@ def _compare_text(
         kl_divergence_max=float(divergence.max()),
         kl_divergence_floor=float(theirs["floor"]) if "floor" in theirs else None,
     )
+
+
+def _standard_error(values: list[float]) -> float | None:
+    """Of the mean over windows; None for a single window, which has none."""
+    deviation = standard_deviation(values)
+    return None if deviation is None else deviation / math.sqrt(len(values))
 
 
 def _compare_images(mine: torch.Tensor, reference: torch.Tensor, label: str, name: str) -> QualityReading:
