@@ -9,8 +9,9 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
+from tasks.cores import CoreChoice, stay_on_fast_cores
 from tasks.environment import fingerprint
-from tasks.interference import CpuWatch, InterferenceReport, foreign_gpu_activity
+from tasks.interference import CpuWatch, InterferenceReport, canary_s, foreign_gpu_activity
 from tasks.metric import Missing
 from tasks.nvml import open_gpu
 from tasks.telemetry import Telemetry, TelemetrySummary
@@ -25,6 +26,7 @@ COOL_WITHIN_C = 3.0
 COOL_AT_MOST_S = 30.0
 _TELEMETRY = ("sm_clock_mhz_median", "temperature_c_start", "temperature_c_end", "throttled")
 HOST_RESERVE_BYTES = 512 * 2**20
+HOST_SLOWED = 1.05
 
 
 def prepare_process(job: CellJob) -> torch.device:
@@ -73,6 +75,8 @@ class Conditions:
         self._report: InterferenceReport | None = None
         self._summary: TelemetrySummary | None = None
         self._foreign: tuple[str, ...] = ()
+        self._cores: CoreChoice | None = None
+        self._canary_after_ms: float | None = None
         if session.on_cuda:
             session.gpu = open_gpu(job.device.uuid)
             _, self._foreign = foreign_gpu_activity(session.gpu)
@@ -86,6 +90,11 @@ class Conditions:
             if now is None or now <= limit + COOL_WITHIN_C:
                 return
             time.sleep(0.25)
+
+    def choose_cores(self) -> None:
+        """After everything that compiles and before warm-up: where the launching thread stays."""
+        if self._session.on_cuda:
+            self._cores = stay_on_fast_cores()
 
     def begin(self) -> None:
         """Just before the timed passes."""
@@ -107,6 +116,7 @@ class Conditions:
         """Just after the timed passes."""
         if self._telemetry is not None:
             self._summary = self._telemetry.stop()
+            self._canary_after_ms = canary_s() * 1e3
         if self._cpu_watch is not None:
             self._report = self._cpu_watch.end()
 
@@ -119,6 +129,10 @@ class Conditions:
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)
+        if self._cores is not None and self._canary_after_ms is not None:
+            environment["cores"] = {**self._cores.to_dict(), "canary_after_ms": self._canary_after_ms}
+            if self._canary_after_ms > HOST_SLOWED * self._cores.canary_ms:
+                row.flag("host_slowed")
         if self._summary is not None:
             summary = self._summary
             environment["power_capped_fraction"] = summary.power_capped_fraction

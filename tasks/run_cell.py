@@ -61,7 +61,7 @@ class _Life:
         session = self.session = Session(job=self.job, device=device, row=self.row)
         conditions = Conditions(session)
         with self._phase(Phase.LOAD, "load_s"):
-            self._load(session)
+            bring_up(session)
         with session.contexts():
             passes = Passes(session)
             with self._phase(Phase.FIRST_CALL, "first_call_s"):
@@ -86,23 +86,6 @@ class _Life:
                     session.quality = judge(session)
         conditions.judge()
 
-    def _load(self, session: Session) -> None:
-        from tasks.models.load import load
-
-        if session.on_cuda:
-            import torch
-
-            torch.cuda.init()
-        for technique, chosen in session.techniques:
-            technique.load(session.load_options, chosen, session)
-        if session.workload.needs_model:
-            session.loaded = load(self.job.cell.model, session.load_options, session.device, self.job.search_path)
-            self.row.set(weights=session.loaded.weights or Missing(reason="a factory does not say"))
-        for technique, chosen in session.techniques:
-            technique.apply(chosen, session)
-        session.step = session.workload.prepare(session)
-        session.synchronize()
-
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""
         assert session.step is not None
@@ -118,6 +101,7 @@ class _Life:
     def _idle(self, conditions: Any) -> None:
         began = time.perf_counter()
         conditions.wait_until_cool()
+        conditions.choose_cores()
         self._seconds["idle_s"] = time.perf_counter() - began
 
     @contextmanager
@@ -182,6 +166,26 @@ class _Life:
     def series(self) -> list[Any]:
         timings = self.session.timings if self.session else None
         return list(timings.series.values()) if timings else []
+
+
+def bring_up(session: Session) -> None:
+    """Load the model as the stack wants it, apply the techniques in order, make the step with its inputs."""
+    from tasks.models.load import load
+
+    if session.on_cuda:
+        import torch
+
+        torch.cuda.init()
+    job = session.job
+    for technique, chosen in session.techniques:
+        technique.load(session.load_options, chosen, session)
+    if session.workload.needs_model:
+        session.loaded = load(job.cell.model, session.load_options, session.device, job.search_path)
+        session.row.set(weights=session.loaded.weights or Missing(reason="a factory does not say"))
+    for technique, chosen in session.techniques:
+        technique.apply(chosen, session)
+    session.step = session.workload.prepare(session)
+    session.synchronize()
 
 
 @contextmanager

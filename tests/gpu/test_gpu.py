@@ -343,7 +343,7 @@ class TestNvml:
         for row in rows:
             assert row["energy_source"] == "nvml_counter"
             assert row["energy_j"] == pytest.approx(row["power_w_mean"] * row["energy_window_s"], rel=0.01)
-            assert row["energy_window_s"] >= 2.0
+            assert row["energy_window_s"] >= 1.95, "20 ticks of the counter, which ticks every 0.1 s or a little less"
 
     def test_power_is_below_the_limit(self, measure: Callable[..., dict[str, Any]]) -> None:
         row = measure("attention", "bf16", sequence_length=2048, batch_size=4, heads=12, head_size=64)
