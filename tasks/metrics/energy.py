@@ -27,6 +27,9 @@ class Energy(Metric):
         ),
         Column(name="energy_j_per_unit_net", type="float", doc="the same without the idle power"),
         Column(name="energy_uncertainty", type="float", doc="relative bound of the error of energy_j_per_unit"),
+        Column(
+            name="energy_j_integrated", type="float", doc="instantaneous power held and summed over the window: a check"
+        ),
         Column(name="energy_window_s", type="float", doc="length of the window"),
         Column(name="power_w_mean", type="float", doc="energy_j over the window"),
         Column(name="power_w_idle", type="float", doc="idle power of the device, once per sweep"),
@@ -51,6 +54,9 @@ class Energy(Metric):
             "energy_j_per_unit": reading.joules_per_unit,
             "energy_j_per_unit_net": power_w_idle if net is None else net,
             "energy_uncertainty": reading.relative_uncertainty,
+            "energy_j_integrated": Missing(reason="power was not sampled beside the counter")
+            if reading.polled_joules is None
+            else reading.polled_joules,
             "energy_window_s": reading.elapsed_s,
             "power_w_mean": reading.mean_w,
             "power_w_idle": power_w_idle,
