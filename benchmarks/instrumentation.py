@@ -16,7 +16,6 @@ import time
 from scipy.stats import binom
 
 from tasks.cell import NO_MODEL, Cell, ModelSpec, WorkloadPoint
-from tasks.cores import stay_on_fast_cores
 from tasks.job import CellJob
 from tasks.nvml import open_gpu
 from tasks.probe import probe
@@ -131,7 +130,6 @@ def main():
         with session.contexts():
             passes = Passes(session)
             passes.first_call()
-            stay_on_fast_cores()
             passes.warm_up()
             per_call = bare_latency(session, 3)
             calls = max(1, round(SLICE_S / per_call))

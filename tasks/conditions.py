@@ -9,9 +9,8 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
-from tasks.cores import CoreChoice, stay_on_fast_cores
 from tasks.environment import fingerprint
-from tasks.interference import CpuWatch, InterferenceReport, canary_s, foreign_gpu_activity
+from tasks.interference import CpuWatch, InterferenceReport, foreign_gpu_activity
 from tasks.metric import Missing
 from tasks.nvml import open_gpu
 from tasks.telemetry import Telemetry, TelemetrySummary
@@ -26,7 +25,6 @@ COOL_WITHIN_C = 3.0
 COOL_AT_MOST_S = 30.0
 _TELEMETRY = ("sm_clock_mhz_median", "temperature_c_start", "temperature_c_end", "throttled")
 HOST_RESERVE_BYTES = 512 * 2**20
-HOST_SLOWED = 1.05
 
 
 def prepare_process(job: CellJob) -> torch.device:
@@ -75,8 +73,7 @@ class Conditions:
         self._report: InterferenceReport | None = None
         self._summary: TelemetrySummary | None = None
         self._foreign: tuple[str, ...] = ()
-        self._cores: CoreChoice | None = None
-        self._canary_after_ms: float | None = None
+        self._cpus = os.sched_getaffinity(0)
         if session.on_cuda:
             session.gpu = open_gpu(job.device.uuid)
             _, self._foreign = foreign_gpu_activity(session.gpu)
@@ -91,15 +88,10 @@ class Conditions:
                 return
             time.sleep(0.25)
 
-    def choose_cores(self) -> None:
-        """After everything that compiles and before warm-up: where the launching thread stays."""
-        if self._session.on_cuda:
-            self._cores = stay_on_fast_cores()
-
     def begin(self) -> None:
         """Just before the timed passes."""
         if self._session.on_cuda:
-            self._telemetry = Telemetry(self._session.gpu)
+            self._telemetry = Telemetry(self._session.gpu, cpus=self._cpus)
             self._telemetry.sample()
         else:
             import torch
@@ -116,7 +108,6 @@ class Conditions:
         """Just after the timed passes."""
         if self._telemetry is not None:
             self._summary = self._telemetry.stop()
-            self._canary_after_ms = canary_s() * 1e3
         if self._cpu_watch is not None:
             self._report = self._cpu_watch.end()
 
@@ -129,10 +120,9 @@ class Conditions:
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)
-        if self._cores is not None and self._canary_after_ms is not None:
-            environment["cores"] = {**self._cores.to_dict(), "canary_after_ms": self._canary_after_ms}
-            if self._canary_after_ms > HOST_SLOWED * self._cores.canary_ms:
-                row.flag("host_slowed")
+        timings = self._session.timings
+        if timings is not None and timings.core is not None:
+            environment["cores"] = timings.core.to_dict()
         if self._summary is not None:
             summary = self._summary
             environment["power_capped_fraction"] = summary.power_capped_fraction

@@ -101,7 +101,6 @@ class _Life:
     def _idle(self, conditions: Any) -> None:
         began = time.perf_counter()
         conditions.wait_until_cool()
-        conditions.choose_cores()
         self._seconds["idle_s"] = time.perf_counter() - began
 
     @contextmanager
