@@ -1,6 +1,6 @@
 """An independent check of our figures on one CUDA GPU: plain PyTorch and CUDA events, nothing of this project.
 
-    python benchmarks/independent_gpu.py > independent.json
+    python benchmarks/independent_gpu.py independent.json [attention] [llama]
 
 Times what the shipped sweeps `llama-1b` and `attention` time, in the plainest way, so that the two can be laid side by
 side with `benchmarks/compare_independent.py RESULTS independent.json`.
@@ -138,7 +138,7 @@ def decode(model, compiled):
     cache = StaticCache(config=model.config, max_cache_len=512 + NEW_TOKENS) if static else None
     current = torch.zeros((1, 1), dtype=torch.long, device="cuda")
     groups, rates = [], []
-    for request in range(8):
+    for request in range(6):
         if static:
             cache.reset()
         else:
@@ -172,9 +172,18 @@ def decode(model, compiled):
     }
 
 
+class Results(dict):
+    """Written to FILE at every new figure: what was measured before a time limit is not lost."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        with open(sys.argv[1], "w") as file:  # noqa: PTH123
+            json.dump(self, file, indent=1)
+
+
 def main():
-    results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    wanted = sys.argv[1:] or ["attention", "llama"]
+    results = Results(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    wanted = sys.argv[2:] or ["attention", "llama"]
     with torch.inference_mode():
         if "attention" in wanted:
             for length in (512, 1024, 2048, 4096, 8192):
@@ -195,7 +204,6 @@ def main():
                 del model
                 gc.collect()
                 torch.cuda.empty_cache()
-    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,6 @@ class Conditions:
         self._report: InterferenceReport | None = None
         self._summary: TelemetrySummary | None = None
         self._foreign: tuple[str, ...] = ()
-        self._cpus = os.sched_getaffinity(0)
         if session.on_cuda:
             session.gpu = open_gpu(job.device.uuid)
             _, self._foreign = foreign_gpu_activity(session.gpu)
@@ -91,7 +90,7 @@ class Conditions:
     def begin(self) -> None:
         """Just before the timed passes."""
         if self._session.on_cuda:
-            self._telemetry = Telemetry(self._session.gpu, cpus=self._cpus)
+            self._telemetry = Telemetry(self._session.gpu)
             self._telemetry.sample()
         else:
             import torch
@@ -120,9 +119,6 @@ class Conditions:
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)
-        timings = self._session.timings
-        if timings is not None and timings.core is not None:
-            environment["cores"] = timings.core.to_dict()
         if self._summary is not None:
             summary = self._summary
             environment["power_capped_fraction"] = summary.power_capped_fraction

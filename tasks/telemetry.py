@@ -5,10 +5,9 @@ The latency pass is timed with the thread paused: it then asks nothing and wakes
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,20 +53,10 @@ class TelemetrySummary:
 
 
 class Telemetry:
-    """Samples every `period_s` (2 to 10 Hz) from `start` to `stop`, except between `pause` and `resume`.
+    """Samples every `period_s` (2 to 10 Hz) from `start` to `stop`, except between `pause` and `resume`."""
 
-    `cpus` are those that the sampling thread may use.
-    """
-
-    def __init__(
-        self,
-        gpu: Gpu,
-        *,
-        period_s: float = 0.2,
-        clock: Callable[[], float] = time.perf_counter,
-        cpus: Collection[int] | None = None,
-    ) -> None:
-        self._gpu, self._period_s, self._clock, self._cpus = gpu, period_s, clock, cpus
+    def __init__(self, gpu: Gpu, *, period_s: float = 0.2, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._gpu, self._period_s, self._clock = gpu, period_s, clock
         self.samples: list[TelemetrySample] = []
         self._asking = threading.Lock()
         self._awake, self._stopped = threading.Event(), threading.Event()
@@ -114,8 +103,6 @@ class Telemetry:
         return [mhz for mhz, _ in known], [at for _, at in known]
 
     def _run(self) -> None:
-        if self._cpus is not None:
-            os.sched_setaffinity(0, self._cpus)  # away from the launching thread, which is bound to one
         while not self._stopped.is_set():
             self._awake.wait()
             with self._asking:

@@ -9,15 +9,12 @@ single launches of short kernels scatter by more than themselves.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import Compilation, compilation
-from tasks.cores import FastCore
 from tasks.job import SampleSeries
 from tasks.statistics import batch_median_halfwidth, median, steady
 from tasks.workload import END, SETUP
@@ -33,7 +30,6 @@ MAX_SAMPLES = 20_000
 MIN_SAMPLES = 10
 CHUNK_S = 0.025  # a quarter of the energy counter's tick; a synchronisation costs a thousandth of it
 STEADY_TOLERANCE = 0.02
-LAUNCH_BOUND = 0.9  # share of a segment's time that the host needs to issue it: above, the device waits for the host
 
 
 @dataclass(kw_only=True)
@@ -62,7 +58,6 @@ class Timings:
     issue_shares: list[float] = field(default_factory=list)  # host time to issue a segment over its whole time
     throughput: Throughput = field(default_factory=Throughput)
     energy: EnergyReading | Missing | None = None
-    core: FastCore | None = None  # of a step that waits for its host
     before: Compilation = field(default_factory=Compilation)  # at the end of warm-up
     after: Compilation = field(default_factory=Compilation)  # at the end of the last pass
 
@@ -100,7 +95,6 @@ class Passes:
         graphs, changed_at = compilation().graphs, 0.0
         while True:
             call = self._host_call()
-            self._choose_core()
             now = time.perf_counter() - began
             values += call[self.step.primary]
             ended += [now] * len(call[self.step.primary])
@@ -151,7 +145,6 @@ class Passes:
         rounds: list[list[tuple[str, Any]]] = []
         pool = [torch.cuda.Event(enable_timing=True) for _ in range(2048)]
         used = 0
-        observe = self._observer(block)
         self.session.synchronize()
         while time.perf_counter() - began < self.session.profile.device_s or not rounds:
             events: list[tuple[str, Any]] = []
@@ -162,7 +155,6 @@ class Passes:
                 used += 1
                 event.record()
                 events.append((label, event))
-                observe(label)
 
             mark("start")
             for number in range(block):
@@ -198,14 +190,13 @@ class Passes:
     def _chunk(self) -> float:
         """One chunk of whole calls; returns the units that its energy is shared among."""
         step, result = self.step, self.timings.throughput
-        boundaries, observe = step.boundaries, self._observer()
+        boundaries = step.boundaries
         seconds = 0.0
         self.session.synchronize()
         opened = time.perf_counter()
 
         def mark(label: str) -> None:
             nonlocal opened, seconds
-            observe(label)
             if label in boundaries:
                 self.session.synchronize()
                 now = time.perf_counter()
@@ -225,56 +216,30 @@ class Passes:
     def _host_call(self) -> dict[str, list[float]]:
         """One call (or block) with a synchronised clock reading per segment; milliseconds by label."""
         synchronize, block = self.session.synchronize, self.timings.block
-        segments: list[tuple[str, int, int, int]] = []  # label, begun, issued, ended
-        begun = 0
-        core, primary = self.timings.core, self.step.primary
+        issued: list[int] = []
+        times: list[int] = []
+        labels: list[str] = []
 
         def mark(label: str) -> None:
-            nonlocal begun
-            issued = time.perf_counter_ns()
+            issued.append(time.perf_counter_ns())
             synchronize()
-            ended = time.perf_counter_ns()
-            segments.append((label, begun, issued, ended))
-            if core is not None and label == primary:
-                core.observe((ended - begun) / 1e6 / block)
-                ended = time.perf_counter_ns()
-            begun = ended
+            times.append(time.perf_counter_ns())
+            labels.append(label)
 
         indices = [self._next() for _ in range(block)]
         synchronize()
-        begun = time.perf_counter_ns()
+        started = time.perf_counter_ns()
         for index in indices[:-1]:
             self.step.run(index, _ignore)
         self.step.run(indices[-1], mark)
         result: dict[str, list[float]] = {}
-        for label, before, _, after in segments:
+        shares = []
+        for label, given, (before, after) in zip(labels, issued, itertools.pairwise([started, *times]), strict=True):
             result.setdefault(label, []).append((after - before) / 1e6 / block)
-        self.timings.issue_shares.append(
-            median(
-                [(issued - before) / (after - before) for label, before, issued, after in segments if label == primary]
-            )
-        )
+            if label == self.step.primary:
+                shares.append((given - before) / (after - before))
+        self.timings.issue_shares.append(median(shares))
         return result
-
-    def _choose_core(self) -> None:
-        """A step that waits for its host is launched from a fast CPU from now on (see `tasks/cores.py`)."""
-        if self.timings.core is None and self.session.on_cuda and self.timings.issue_shares[-1] > LAUNCH_BOUND:
-            self.timings.core = FastCore(allowed=os.sched_getaffinity(0), seed=self.session.job.round)
-
-    def _observer(self, calls: int = 1) -> Callable[[str], None]:
-        """For every mark of a pass that does not synchronise there: tells the host's pace to the watch over CPUs."""
-        core, primary = self.timings.core, self.step.primary
-        if core is None:
-            return _ignore
-        last = time.perf_counter_ns()
-
-        def observe(label: str) -> None:
-            nonlocal last
-            if label == primary:
-                core.observe((time.perf_counter_ns() - last) / 1e6 / calls)
-            last = time.perf_counter_ns()
-
-        return observe
 
     def _choose_block(self, recent_ms: list[float]) -> None:
         """Blocks only for one-segment calls that are too short for the clock."""
