@@ -144,14 +144,14 @@ class TestPerturbation:
         """KL is of distributions, and of the right direction: KL(reference || ours)."""
         import torch
 
-        from tasks.quality import _divergence
+        from tasks.quality_text import divergence
 
         reference = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
         ours = torch.tensor([[[0.25, 0.5, 0.25]]]).log()
         expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-        assert float(_divergence(ours, reference)) == pytest.approx(expected)
+        assert float(divergence(ours, reference)) == pytest.approx(expected)
         lopsided = torch.tensor([[[0.98, 0.01, 0.01]]]).log()
-        assert float(_divergence(lopsided, reference)) != pytest.approx(float(_divergence(reference, lopsided)))
+        assert float(divergence(lopsided, reference)) != pytest.approx(float(divergence(reference, lopsided)))
 
 
 class TestRandomWeights:
