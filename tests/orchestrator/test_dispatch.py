@@ -136,9 +136,11 @@ def test_a_run_without_a_reading_leaves_quality_to_the_next(folder: Path) -> Non
 @pytest.fixture
 def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions and a task, where relative paths are taken from."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("task: mine\n")
-    (tmp_path / "questions.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
+    here = tmp_path / "beside"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine.yaml").write_text("task: mine\n")
+    (here / "questions.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
 
 
 @pytest.mark.parametrize(
@@ -156,14 +158,8 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_changes_a_result_makes_it_stale(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    runs: int,
+    folder: Path, beside: None, before: dict[str, Any], after: dict[str, Any], runs: int
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     bench = Bench(folder, "a100", **before)
     bench.finish_all(0)
     bench.store.close()
