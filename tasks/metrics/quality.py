@@ -33,7 +33,11 @@ _FLOATS = {
     "accuracy_difference_stderr": "its standard error, paired by question",
     "accuracy_floor": "share of answers that the reference changes with other batch shapes",
 }
-_WHY = {"top5_agreement": "for image classifiers only", "perplexity": "needs trained weights and a tokenizer"}
+_WHY = {
+    "top5_agreement": "for image classifiers only",
+    "perplexity": "needs trained weights and a tokenizer",
+    "accuracy_difference": "the reference gave no answers",
+}
 
 
 class Quality(Metric):
@@ -75,6 +79,8 @@ class Quality(Metric):
         if value is None:
             group = name.removesuffix("_stderr").removesuffix("_floor")
             why = reading.reasons.get(group) or _WHY.get(group) or f"has no meaning here ({reading.label})"
+            if name.endswith("_stderr") and getattr(reading, group) is not None:
+                why = "one window or question has no spread"
             return Missing(reason=why)
         if isinstance(value, float) and not math.isfinite(value):
             return Missing(reason="not a finite number: the model's outputs overflow")
