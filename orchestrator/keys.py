@@ -10,7 +10,7 @@ from orchestrator.inventory import Node
 from orchestrator.ledger import result_key
 from orchestrator.placement import Placed
 from orchestrator.sweep import Sweep
-from tasks.cell import Cell, ModelSpec
+from tasks.cell import Cell, ModelSpec, Technique
 from tasks.choices import content_hash
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
@@ -47,6 +47,9 @@ class KeyMaker:
             "protocol": PROTOCOL_VERSION,
             "machine": node.report.machine_key,
         }
+        content = {item.name: found for item in cell.stack.techniques if (found := self._content(item))}
+        if content:
+            identity["content"] = content
         backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
         if identity["quality"] and self._sweep.quality.tasks:
             backends.append(PACKAGE)
@@ -65,6 +68,10 @@ class KeyMaker:
             if placed.to_run and tag_matches(cell.hardware, device.tag):
                 return self.key(cell, node, device)
         return None
+
+    def _content(self, technique: Technique) -> dict[str, str]:
+        """Files that its options name count by what is in them."""
+        return optimizations()[technique.name].content(technique, self._sweep.search_path)
 
     def _quality(self, cell: Cell) -> dict[str, Any] | None:
         """How its quality is judged, None where it is not: such cells keep their rows whatever the sweep asks."""

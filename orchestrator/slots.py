@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
+from tasks.artifacts import makers
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 
@@ -91,7 +92,7 @@ class BenchSlot:
     def measure(self, job: CellJob) -> None:
         self.job = job
         self.compiled.add(job.cell.cell_id)
-        self._await(self.actor.measure.remote(job.to_dict()), Phase.BUSY, job.timeout_s + GRACE_S)
+        self._await(self.actor.measure.remote(job.to_dict()), Phase.BUSY, limit_s(job) + GRACE_S)
 
     def idle(self) -> None:
         self.pending, self.job, self.phase = None, None, Phase.IDLE
@@ -120,6 +121,11 @@ class BenchSlot:
     def _await(self, reference: Any, phase: Phase, limit_s: float) -> None:
         self.pending, self.phase, self.since = reference, phase, time.monotonic()
         self.deadline = self.since + limit_s
+
+
+def limit_s(job: CellJob) -> float:
+    """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts."""
+    return job.timeout_s * (2 if job.quality else 1) + job.artifact_timeout_s * makers(job)
 
 
 def close_all(slots: list[BenchSlot]) -> None:

@@ -40,9 +40,13 @@ _TAG = r"[a-z0-9][a-z0-9._-]*"
 
 
 class Limits(Strict):
-    """`cell_timeout_s` bounds one run of one cell; `memory_budget_gib` caps its memory below the device's."""
+    """`cell_timeout_s` bounds one run of one cell, `artifact_timeout_s` the making of one artifact before it.
+
+    `memory_budget_gib` caps a cell's memory below the device's.
+    """
 
     cell_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    artifact_timeout_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     memory_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property

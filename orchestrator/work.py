@@ -251,6 +251,7 @@ class SweepWork:
             device=slot.device, profile=sweep.profile, round=block.round, block_id=block.block_id,
             order_in_round=order, result_key=self._keys.key(cell, slot.node, slot.device),
             run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
+            artifact_timeout_s=sweep.limits.artifact_timeout_s,
             memory_budget_bytes=sweep.limits.memory_budget_bytes,
             quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
             **sweep.quality.job_fields(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,13 +12,20 @@ from tasks.cell import Cell, Scalar, Technique
 from tasks.device import DeviceInfo, DeviceKind
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tasks.artifacts import ArtifactSpec
+    from tasks.job import CellJob
+    from tasks.models.load import LoadedModel
     from tasks.session import Session
 
-# Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Precision and
-# compression decide how weights are loaded; attention and cache change the model; checkpointing and offload wrap its
+# Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Distillation and
+# pruning make another checkpoint, which precision and compression then load; attention and cache change the model; checkpointing and offload wrap its
 # modules; compile comes after everything that it should see; a decode loop or allocator setting does not touch it.
 FAMILIES: tuple[str, ...] = (
     "precision",
+    "distillation",
+    "pruning",
     "compression",
     "structure",
     "attention",
@@ -67,12 +75,16 @@ class LoadOptions:
     """How the model is to be loaded; techniques edit it before the load.
 
     `dtype` is a torch dtype name or None for the published one. `keyword_arguments` go to `from_pretrained`.
+    `checkpoint` is the folder of an artifact that is loaded in the place of the model's own weights. `loader` loads the
+    model in the place of everything here: for runtimes that are not torch. It is given the session.
     """
 
     dtype: str | None = None
     attention: str | None = None
     quantization: Any = None
     keyword_arguments: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    loader: Callable[[Session], LoadedModel] | None = None
 
 
 class Optimization(ABC):
@@ -99,6 +111,22 @@ class Optimization(ABC):
     def environment(self, technique: Technique) -> dict[str, str]:
         """Environment variables that must stand before the process imports anything."""
         return {}
+
+    def content(self, technique: Technique, search_path: tuple[str, ...]) -> dict[str, str]:
+        """Hashes of the files that options name: what is measured depends on them, and so do artifacts and row keys."""
+        return {}
+
+    def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec | None:
+        """What this technique needs made before its cell runs, or None; needs no torch (`tasks.artifacts`)."""
+        return None
+
+    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any] | None:
+        """Make the artifact: write its files into `folder`, return facts for its manifest.
+
+        Runs in a process of its own, with nothing loaded; `session.load()` loads the model that it starts from.
+        Raise `Unsupported` where it cannot be made: that becomes the cells' outcome.
+        """
+        raise NotImplementedError(f"{self.name} makes no artifact")
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         """Edit how the model will be loaded."""

@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.artifacts import Artifact, ArtifactSpec, find, make
 from tasks.cell import digest
 from tasks.choices import ChoicesError, content_hash
+from tasks.environment import version
 from tasks.metric import Missing
 from tasks.models.identity import checkpoint_hash
 from tasks.quality_choices import answer, answer_floor, compare_answers, questions
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 REFERENCE_STACK = "fp32+eager"
+MAKER, FILE = "reference", "outputs.safetensors"  # in the artifact store
 NOT_JUDGED = frozenset({"kv-cache", "compile", "control", "decode-loop", "allocator"})
 BATCH = 4  # windows at once; half of it for the floor
 VERSION = 4  # raised when the way of judging changes: older references, readings and rows are not reused
@@ -76,14 +79,13 @@ class QualityReading:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def reference_path(job: CellJob) -> Path:
-    """Where this job's reference is kept on the node; its name is the hash of all that it depends on."""
-    import torch
-    import transformers
-
-    key = digest(
-        {
-            "model": checkpoint_hash(job.cell.model),
+def reference_spec(job: CellJob) -> ArtifactSpec:
+    """What this job's reference depends on; found without torch."""
+    return ArtifactSpec(
+        maker=MAKER,
+        checkpoint=False,
+        inputs={
+            "model": checkpoint_hash(job.cell.model, job.search_path),
             "identity": job.cell.model.identity(),
             "vision": job.cell.workload.kind if job.cell.model.kind != "language" else "text",
             "image_size": job.cell.workload.get("image_size") if job.cell.model.kind == "vision" else None,
@@ -92,30 +94,26 @@ def reference_path(job: CellJob) -> Path:
             "choices_file": content_hash(job.quality_choices_file),
             "seed": job.seed,
             "device": job.device.name,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
             "version": VERSION,
-        }
+        },
     )
-    return Path(job.artifact_dir) / "reference" / f"{key}.safetensors"
 
 
-def make_reference(session: Session) -> dict[str, Any]:
-    """Load the reference stack, run it on the tokens, keep its outputs; `{"path"}`, plain data."""
+def make_reference(session: Session) -> tuple[Artifact, bool]:
+    """Load the reference stack, run it on the tokens, keep its outputs in the store; whether they were made now."""
     from safetensors.torch import save_file
 
     job = session.job
-    path = reference_path(job)
-    if not path.exists():
-        cell = replace(job.cell, stack=parse_stack(REFERENCE_STACK if job.cell.model.kind == "language" else "fp32"))
+    cell = replace(job.cell, stack=parse_stack(REFERENCE_STACK if job.cell.model.kind == "language" else "fp32"))
+
+    def fill(folder: Path) -> None:
         session.job = replace(job, cell=cell)
         _load(session)
         outputs = _reference_outputs(session)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{job.run_id}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, partial)
-        partial.rename(path)
-    return {"path": str(path)}
+        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / FILE)
+
+    return make(reference_spec(job), session, fill)
 
 
 def judge(session: Session) -> QualityReading | Missing:
@@ -125,14 +123,17 @@ def judge(session: Session) -> QualityReading | Missing:
         return Missing(reason="judged on inference cells of models only")
     if loaded.make_inputs is not None:
         return Missing(reason="a factory's module has no reference text")
-    path = reference_path(job)
-    if not path.exists():
+    root = Path(job.artifact_dir)
+    found = find(reference_spec(job), root)
+    if found is None:
         return Missing(reason="the fp32 reference could not be made on this node: see the log")
     tasks = [job.quality_tasks, job.quality_tasks_path, job.quality_tasks_limit]
-    kept = path.parent / f"{path.stem}-{digest([job.run_id, judged_stack(job), job.device.uuid, *tasks])}.json"
+    name = digest([job.run_id, judged_stack(job), job.device.uuid, *tasks])
+    kept = root / "readings" / f"{found.spec.key}-{name}.json"
     if kept.exists():
         return QualityReading(**json.loads(kept.read_text()))
-    reading = _judge(session, path)
+    reading = _judge(session, found)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(reading)))
     partial.rename(kept)
@@ -145,16 +146,16 @@ def judged_stack(job: CellJob) -> str:
     return "+".join(str(item) for item in job.cell.stack.techniques if known[item.name].family not in NOT_JUDGED)
 
 
-def _judge(session: Session, path: Path) -> QualityReading:
+def _judge(session: Session, found: Artifact) -> QualityReading:
     import torch
     from safetensors.torch import load_file
 
-    reference = load_file(path)
+    reference, name = load_file(found.folder / FILE), found.spec.key
     label = "quality" if _trained(session) else "fidelity"
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         if _vision(session):
             fields = compare_images(image_logits(session), reference["logits"])
-            return QualityReading(label=label, reference=path.stem, **fields)
+            return QualityReading(label=label, reference=name, **fields)
         fields = compare_text(text_outputs(session, windows(session), BATCH), reference, _trained(session))
         reasons: dict[str, str] = {}
         try:
@@ -168,7 +169,7 @@ def _judge(session: Session, path: Path) -> QualityReading:
             reasons["lm_eval"] = answered.reason
         else:
             fields["lm_eval"] = answered
-    return QualityReading(label=label, reference=path.stem, reasons=reasons, **fields)
+    return QualityReading(label=label, reference=name, reasons=reasons, **fields)
 
 
 def _vision(session: Session) -> bool:
@@ -183,11 +184,9 @@ def _trained(session: Session) -> bool:
 
 
 def _load(session: Session) -> None:
-    from tasks.models.load import load
-
     for technique, chosen in session.techniques:
         technique.load(session.load_options, chosen, session)
-    session.loaded = load(session.job.cell.model, session.load_options, session.device, session.job.search_path)
+    session.load()
     for technique, chosen in session.techniques:
         technique.apply(chosen, session)
 

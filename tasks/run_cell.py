@@ -169,18 +169,17 @@ class _Life:
 
 def bring_up(session: Session) -> None:
     """Load the model as the stack wants it, apply the techniques in order, make the step with its inputs."""
-    from tasks.models.load import load
+    from tasks.artifacts import attach
 
     if session.on_cuda:
         import torch
 
         torch.cuda.init()
-    job = session.job
+    attach(session)
     for technique, chosen in session.techniques:
         technique.load(session.load_options, chosen, session)
     if session.workload.needs_model:
-        session.loaded = load(job.cell.model, session.load_options, session.device, job.search_path)
-        session.row.set(weights=session.loaded.weights or Missing(reason="a factory does not say"))
+        session.row.set(weights=session.load().weights or Missing(reason="a factory does not say"))
     for technique, chosen in session.techniques:
         technique.apply(chosen, session)
     session.step = session.workload.prepare(session)
@@ -225,15 +224,28 @@ def facts(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any
     return measure_facts(payload)
 
 
-def reference(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
-    """Make what quality is judged against: the outputs of the unoptimised fp32 model, kept as an artifact."""
-    from tasks.conditions import prepare_process
-    from tasks.quality import make_reference
+def artifact(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
+    """Make what a technique of the stack (`maker`) asks for, or the quality reference, unless it is in the store.
 
-    phase_file.write_text("reference")
-    job = CellJob.from_dict(payload)
-    session = Session(job=job, device=prepare_process(job), row=Row())
-    return make_reference(session)
+    `{"key", "made"}`; or `{"outcome", "reason", "error_type"}` where it cannot be made.
+    """
+    from tasks.artifacts import make_wanted
+    from tasks.conditions import prepare_process
+    from tasks.quality import MAKER, make_reference
+
+    phase_file.write_text(f"artifact {payload['maker']}")
+    job = CellJob.from_dict(payload["job"])
+    try:
+        session = Session(job=job, device=prepare_process(job), row=Row())
+        reference = payload["maker"] == MAKER
+        found, made = make_reference(session) if reference else make_wanted(session, payload["maker"])
+    except Unsupported as refusal:
+        return {"outcome": Outcome.UNSUPPORTED.value, "reason": str(refusal), "error_type": None}
+    except Exception as error:
+        traceback.print_exc()
+        outcome, reason = classify(error)
+        return {"outcome": outcome.value, "reason": reason, "error_type": type(error).__name__}
+    return {"key": found.spec.key, "made": made}
 
 
 def pid_only(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
@@ -244,6 +256,6 @@ def pid_only(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, 
 DUTIES: dict[str, Callable[[dict[str, Any], Path, str], dict[str, Any]]] = {
     "cell": run_cell,
     "facts": facts,
-    "reference": reference,
+    "artifact": artifact,
     "nothing": pid_only,
 }

@@ -16,6 +16,7 @@ from tasks.row import Row
 if TYPE_CHECKING:
     import torch
 
+    from tasks.artifacts import Artifact
     from tasks.cell import Technique
     from tasks.energy import EnergyReading
     from tasks.metric import Missing
@@ -47,6 +48,7 @@ class Session:
     settings: Settings = field(default_factory=Settings)
     load_options: LoadOptions = field(default_factory=LoadOptions)
     loaded: LoadedModel | None = None
+    artifacts: dict[str, Artifact] = field(default_factory=dict)  # by the name of the technique that they belong to
     step: Step | None = None
     timings: Timings | None = None
     quality: QualityReading | Missing | None = None
@@ -75,6 +77,17 @@ class Session:
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    def load(self, options: LoadOptions | None = None) -> LoadedModel:
+        """The cell's model on the device, as `options` say, by default as the stack does; it is kept as `loaded`."""
+        from tasks.models.load import load
+
+        options = options or self.load_options
+        if options.loader is not None:
+            self.loaded = options.loader(self)
+        else:
+            self.loaded = load(self.job.cell.model, options, self.device, self.job.search_path)
+        return self.loaded
 
     def synchronize(self) -> None:
         if self.on_cuda:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tasks.artifacts import ArtifactSpec, clear_interrupted, find, wanted
+from tasks.cell import Technique
 from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
+from tasks.quality import reference_spec
 from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
 
@@ -21,7 +25,8 @@ class Supervisor:
     def __init__(self, device: DeviceInfo, *, cpus: tuple[int, ...], log_path: Path, work_dir: Path) -> None:
         self.device = device
         self.cpus = cpus
-        self._references: set[tuple[object, ...]] = set()  # made, or found impossible, by this supervisor
+        self._verified: set[str] = set()  # keys of artifacts whose content was compared by this supervisor
+        self._impossible: dict[str, Row] = {}  # keys of artifacts that could not be made, and what became of it
         environment = {}
         if device.kind == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -45,8 +50,9 @@ class Supervisor:
         known = optimizations()
         for technique in job.cell.stack.techniques:
             environment |= known[technique.name].environment(technique)
-        if job.quality:
-            self._ensure_reference(job)
+        failure = self._make_artifacts(job)
+        if failure is not None:
+            return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
         done = self._isolation.run(
@@ -59,13 +65,48 @@ class Supervisor:
             row["flags"] = [*row["flags"], "executed_instead"]  # the server refused to fork: unlike the others
         return RunResult(row=row, samples=done.result["samples"])
 
-    def _ensure_reference(self, job: CellJob) -> None:
-        """The fp32 reference in a process of its own: never two models on the device at once."""
-        wanted = (job.quality_tokens, job.quality_choices, job.quality_choices_file)
-        key = (job.cell.model, *wanted, job.cell.workload.get("image_size"))
-        if key not in self._references and workloads()[job.cell.workload.kind].needs_model:
-            self._references.add(key)
-            self._isolation.run("reference", job.to_dict(), timeout_s=job.timeout_s)
+    def _make_artifacts(self, job: CellJob) -> Row | None:
+        """Have what the stack needs made, and the quality reference; the row of a cell that can have no artifact."""
+        try:
+            needed = wanted(job)
+            judged = job.quality and workloads()[job.cell.workload.kind].needs_model
+            reference = reference_spec(job) if judged else None
+        except Exception as error:  # a checkpoint or calibration text that is not there
+            row = Row()
+            row.set(**job_columns(job), outcome=Outcome.ERROR, error_type=type(error).__name__)
+            row.set(reason=f"what it is made from cannot be read: {error}")
+            return row
+        for item in needed:
+            failure = self._ensure(item.spec, job, item.technique)
+            if failure is not None:
+                return _verdict(job, failure, f"the artifact of {item.technique}")
+        if reference is not None:
+            self._ensure(reference, job)  # without it the row's quality is null and says so
+        return None
+
+    def _ensure(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None = None) -> Row | None:
+        """Have it made in a process of its own, never beside another model, unless it is there and whole."""
+        root = Path(job.artifact_dir)
+        if spec.key in self._impossible:
+            return self._impossible[spec.key]
+        if find(spec, root, content=spec.key not in self._verified) is None:
+            payload = {"job": replace(job, memory_budget_bytes=None).to_dict(), "maker": spec.maker}
+            known = optimizations()[technique.name] if technique else None
+            done = self._isolation.run(
+                "artifact",
+                payload,
+                timeout_s=job.artifact_timeout_s if technique else job.timeout_s,
+                executed=known is not None and known.executed,
+                environment=known.environment(technique) if known and technique else {},
+            )
+            if done.result is None or "outcome" in done.result:
+                clear_interrupted(spec, root)
+                limited = replace(job, timeout_s=job.artifact_timeout_s)
+                self._impossible[spec.key] = row = _obituary(limited, done)
+                row.set(**(done.result or {}))
+                return row
+        self._verified.add(spec.key)
+        return None
 
     def close(self) -> None:
         self._isolation.close()
@@ -76,6 +117,14 @@ def _with_wall(data: dict[str, Any], done: Completed) -> dict[str, Any]:
     accounted = sum(row[name] or 0.0 for name in TIME_COLUMNS)  # a phase not reached took no time
     row.set(wall_s=done.wall_s, overhead_s=max(done.wall_s - accounted, 0.0), process_kind=done.kind)
     return row.to_dict()
+
+
+def _verdict(job: CellJob, failure: Row, what: str) -> Row:
+    """The row of a run that had no artifact, from what became of making it."""
+    row = Row()
+    row.set(**job_columns(job), outcome=failure["outcome"], error_type=failure["error_type"])
+    row.set(reason=f"{what} could not be made: {failure['reason']}")
+    return row
 
 
 def _obituary(job: CellJob, done: Completed) -> Row:

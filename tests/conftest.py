@@ -117,7 +117,6 @@ class Bench:
         """
         import torch
 
-        from tasks.models.load import load
         from tasks.row import Row
 
         forget_compilations()
@@ -125,11 +124,12 @@ class Bench:
         torch.manual_seed(job.seed)
         session = Session(job=job, device=torch.device(job.device.kind), row=Row())
         stack: Stack = job.cell.stack if applied is None else parse_stack(applied)
+        self.attach(session, stack)
         chosen = [(optimizations()[item.name], item) for item in stack.techniques]
         for technique, item in chosen:
             technique.load(session.load_options, item, session)
         if session.workload.needs_model:
-            session.loaded = load(job.cell.model, session.load_options, session.device, job.search_path)
+            session.load()
         for technique, item in chosen:
             technique.apply(item, session)
         session.step = session.workload.prepare(session)
@@ -142,6 +142,20 @@ class Bench:
                 session.step.run(0, _ignore)
             yield session
         forget_compilations()
+
+    def attach(self, session: Session, stack: Stack) -> None:
+        """Give the session the artifacts of `stack`, made in this process where they are not in the store."""
+        from tasks import artifacts
+        from tasks.row import Row
+
+        job = session.job
+        session.job = replace(job, cell=replace(job.cell, stack=stack))
+        for item in artifacts.wanted(session.job):
+            if artifacts.find(item.spec, Path(job.artifact_dir)) is None:
+                maker = Session(job=session.job, device=session.device, row=Row())
+                artifacts.make_wanted(maker, item.technique.name)
+        artifacts.attach(session)
+        session.job = job
 
     @contextmanager
     def measured(self, job: CellJob) -> Iterator[tuple[Session, dict[str, Any]]]:

@@ -112,7 +112,9 @@ def _flops(session: Session) -> float | Missing:
 
     content = checkpoint_hash(cell.model) if cell.model.source != "none" else None
     what = {"model": cell.model.identity(), "content": content, "transformers": transformers.__version__}
-    key = digest({**what, "workload": str(cell.workload), "convention": 2})
+    # a pruned or distilled model is another one, whose arithmetic is its own
+    made = [artifact.spec.key for artifact in session.artifacts.values() if artifact.spec.checkpoint]
+    key = digest({**what, "workload": str(cell.workload), "convention": 2} | ({"artifacts": made} if made else {}))
     kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
     if session.job.artifact_dir and kept.exists():
         return float(json.loads(kept.read_text()))

@@ -56,19 +56,9 @@ class Memory(Metric):
             self._steady(session)
 
     def _reset(self, session: Session) -> None:
-        import torch
-
-        if session.on_cuda and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            if session.step is None or session.settings.compile is None:
-                # with CUDA graphs alive the cache holds their pools, which must stay
-                torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        clear = Path("/proc/self/clear_refs")
-        try:
-            clear.write_text("5")
+        if reset_peaks(session):
             self._found.pop("peak_host_bytes", None)
-        except OSError:
+        else:
             self._found["peak_host_bytes"] = Missing(reason="/proc/self/clear_refs cannot be written")
 
     def _steady(self, session: Session) -> None:
@@ -89,6 +79,33 @@ class Memory(Metric):
         missing = {column.name: Missing(reason=reason) for column in self.columns}
         missing["kv_cache_bytes"] = Missing(reason="no KV cache in this workload")
         return {**missing, **self._found}
+
+
+def reset_peaks(session: Session) -> bool:
+    """From here on peaks count anew; False where the kernel does not let the host's be reset."""
+    import torch
+
+    if session.on_cuda and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        if session.step is None or session.settings.compile is None:
+            # with CUDA graphs alive the cache holds their pools, which must stay
+            torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(session: Session) -> tuple[int | None, int]:
+    """Greatest reserved on the device (None on a CPU), and greatest resident set of the process, since the reset."""
+    on_host = _status_bytes("VmHWM")
+    if not session.on_cuda:
+        return None, on_host
+    import torch
+
+    return (torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0), on_host
 
 
 def _statistics() -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import ModelSpec, digest
@@ -37,6 +37,8 @@ class LoadedModel:
 
 def load(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:
     """Load `spec` on `device` in inference mode; raises `ModelError` with what to do."""
+    if options.checkpoint is not None:
+        return _checkpoint(spec, options, device)
     if spec.source == "random":
         return _random(spec, options, device)
     if spec.source == "factory":
@@ -163,6 +165,16 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     except (OSError, ValueError):
         tokenizer = None  # vision models and bare checkpoints have none
     return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer)
+
+
+def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
+    """An artifact made from `spec`: random weights stay random whatever was done to them."""
+    place = ModelSpec(
+        id=spec.id, source="path", reference=str(options.checkpoint), kind=spec.kind,
+        trust_remote_code=spec.trust_remote_code,
+    )  # fmt: skip
+    loaded = _pretrained(place, options, device)
+    return replace(loaded, weights="random") if spec.source == "random" else loaded
 
 
 def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:

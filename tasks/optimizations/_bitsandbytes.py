@@ -42,7 +42,7 @@ class BitsAndBytes(Optimization):
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         # one warning per product, thousands of lines
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        if session.job.cell.model.source == "random":
+        if session.job.cell.model.source == "random" and options.checkpoint is None:
             options.keyword_arguments["linear_factory"] = self._random_linear
             return
         from transformers import BitsAndBytesConfig

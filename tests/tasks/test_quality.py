@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.metric import Missing
-from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_path
+from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_spec
 from tasks.quality_text import divergence as divergence_of
 
 TOKENS, CHOICES = 1024, 12
@@ -33,7 +33,7 @@ def jobs(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             **{"quality_tokens": TOKENS, "quality_choices": CHOICES, **changes},
         )  # fmt: skip
         made = make_reference(Session(job=job, device=torch.device("cpu"), row=Row()))
-        assert made["path"] == str(reference_path(job))
+        assert made[0].spec == reference_spec(job)
         return job
 
     return make
@@ -252,7 +252,7 @@ def test_reference_depends_on_what_it_is_made_of(bench: Any, tmp_path: Path) -> 
     base = bench.job(bench.cell("prefill", model=bench.POCKET))
     import dataclasses
 
-    assert reference_path(base) == reference_path(dataclasses.replace(base, run_id="other", round=2))
+    assert reference_spec(base) == reference_spec(dataclasses.replace(base, run_id="other", round=2))
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}')
     changes: list[dict[str, Any]] = [
@@ -260,9 +260,9 @@ def test_reference_depends_on_what_it_is_made_of(bench: Any, tmp_path: Path) -> 
         {"quality_choices_file": str(questions)},
     ]  # fmt: skip
     for change in changes:
-        assert reference_path(base) != reference_path(dataclasses.replace(base, **change)), change
+        assert reference_spec(base) != reference_spec(dataclasses.replace(base, **change)), change
     asked = dataclasses.replace(base, quality_choices_file=str(questions))
-    before = reference_path(asked)
+    before = reference_spec(asked)
     questions.write_text('{"ctx": "a", "endings": ["b", "d"], "label": 0}')
-    assert reference_path(asked) != before
-    assert reference_path(base) == reference_path(dataclasses.replace(base, quality_tasks=("some",)))
+    assert reference_spec(asked) != before
+    assert reference_spec(base) == reference_spec(dataclasses.replace(base, quality_tasks=("some",)))

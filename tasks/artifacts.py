@@ -1,0 +1,309 @@
+"""The artifact store: what is made once on a node and used by many cells and later sweeps.
+
+A quantized, exported, pruned or distilled model and the quality reference are artifacts. Each is a folder of plain
+files, `<artifact_dir>/<maker>/<key>/`, named after the hash of all that it depends on, with a manifest beside them. It
+is written in a temporary folder and renamed, under a lock, so that it is there whole or not at all, and nobody makes
+it twice. Nothing in it points outside. `docs/artifacts.md` says how a technique makes one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.cell import Technique, digest
+from tasks.environment import version
+from tasks.models.identity import checkpoint_hash
+from tasks.registry import optimizations
+from tasks.stacks import option
+
+if TYPE_CHECKING:
+    from tasks.job import CellJob
+    from tasks.session import Session
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # raised when the layout of the store changes: older artifacts are not found
+
+
+class ArtifactError(RuntimeError):
+    """An artifact that is not in the store although it should be, or that cannot be kept there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSpec:
+    """Everything an artifact depends on, as plain data, found without torch.
+
+    `maker` is the technique's name and the folder in the store. `inputs` must be JSON. With `checkpoint`, the folder
+    is a transformers checkpoint that is loaded in the place of the model's own, and the techniques after it in the
+    stack start from it. `base` is the key of the checkpoint that this one starts from, filled in by `wanted`.
+    """
+
+    maker: str
+    inputs: dict[str, Any]
+    checkpoint: bool = True
+    base: str | None = None
+
+    @property
+    def key(self) -> str:
+        return digest([FORMAT, self.maker, self.inputs, self.checkpoint, self.base], length=24)
+
+    def folder(self, root: Path) -> Path:
+        return root / self.maker / self.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What lies beside an artifact's files; it is written last.
+
+    `files` maps relative names to `{"bytes", "sha256"}`. `peak_bytes` is the memory that making it took: reserved on
+    the device, or, made without one, the process's resident set. `made_for` names the run that it was made for.
+    `facts` is what the technique's `make` returned.
+    """
+
+    key: str
+    maker: str
+    inputs: dict[str, Any]
+    base: str | None
+    files: dict[str, dict[str, Any]]
+    made_s: float
+    peak_bytes: int
+    peak_host_bytes: int
+    device: str
+    made_at: str
+    made_for: str
+    versions: dict[str, str | None]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An artifact that lies in the store, as it was found whole."""
+
+    spec: ArtifactSpec
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """An artifact that a technique of a stack asks for."""
+
+    technique: Technique
+    spec: ArtifactSpec
+
+
+def artifact_spec(
+    technique: Technique, job: CellJob, *, libraries: Iterable[str] = (), checkpoint: bool = True, **more: Any
+) -> ArtifactSpec:
+    """What an artifact of a technique usually depends on: the model, all options with their files, seed, `libraries`.
+
+    `libraries` are distributions whose version changes what is made. `more` is whatever else decides, such as
+    `version=2` after the technique's way of making has changed.
+    """
+    made_by, model = optimizations()[technique.name], job.cell.model
+    inputs = {
+        "model": {
+            "source": model.source,
+            "checkpoint": checkpoint_hash(model, job.search_path),
+            "trust_remote_code": model.trust_remote_code,
+        },
+        "options": {key: option(technique, key) for key in sorted(made_by.options)},
+        "content": made_by.content(technique, job.search_path),
+        "seed": job.seed,
+        "versions": {name: version(name) for name in sorted(libraries)},
+        **more,
+    }
+    return ArtifactSpec(maker=technique.name, inputs=inputs, checkpoint=checkpoint)
+
+
+def wanted(job: CellJob) -> list[Wanted]:
+    """The artifacts that the job's stack needs, in the order in which they are made; needs no torch."""
+    known = optimizations()
+    found: list[Wanted] = []
+    base: str | None = None
+    for technique in job.cell.stack.techniques:
+        spec = known[technique.name].artifact(technique, job)
+        if spec is None:
+            continue
+        spec = replace(spec, base=base)
+        found.append(Wanted(technique=technique, spec=spec))
+        base = spec.key if spec.checkpoint else base
+    return found
+
+
+def run_name(job: CellJob) -> str:
+    """The run of a cell, as manifests name it."""
+    return f"{job.run_id}/{job.cell.cell_id}/{job.round}/{job.attempt}"
+
+
+def find(spec: ArtifactSpec, root: Path, *, content: bool = False) -> Artifact | None:
+    """The artifact if it is there and whole: sizes are always compared, with `content` every file's SHA-256 too."""
+    folder = spec.folder(root)
+    try:
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
+        whole = manifest.key == spec.key and all(
+            (folder / name).stat().st_size == facts["bytes"]
+            and (not content or _sha256(folder / name) == facts["sha256"])
+            for name, facts in manifest.files.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return Artifact(spec=spec, folder=folder, manifest=manifest) if whole else None
+
+
+def make(
+    spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, Any] | None]
+) -> tuple[Artifact, bool]:
+    """The artifact, and whether it was made now: `fill(folder)` writes its files and returns facts for the manifest.
+
+    Waits while another process makes the same one. A broken one is replaced. When `fill` raises, nothing stays.
+    """
+    root = Path(session.job.artifact_dir)
+    with _locked(spec, root):
+        found = find(spec, root, content=True)
+        if found is not None:
+            return found, False
+        partial, folder = _partial(spec, root), spec.folder(root)
+        for leftover in (partial, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            manifest = _fill(spec, session, fill, partial)
+            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+            _flush(partial / MANIFEST)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _flush(folder.parent)
+        return Artifact(spec=spec, folder=folder, manifest=manifest), True
+
+
+def clear_interrupted(spec: ArtifactSpec, root: Path) -> None:
+    """Remove what a maker that was killed has left, unless somebody else is making it again."""
+    if _partial(spec, root).exists():
+        with _locked(spec, root, wait=False) as held:
+            if held:
+                shutil.rmtree(_partial(spec, root), ignore_errors=True)
+
+
+def attach(session: Session) -> None:
+    """Give the session the artifacts of its stack; a checkpoint among them is what will be loaded.
+
+    Raises `ArtifactError` where one is missing: the supervisor has it made before the cell runs.
+    """
+    root = Path(session.job.artifact_dir)
+    for item in wanted(session.job):
+        found = find(item.spec, root)
+        if found is None:
+            raise ArtifactError(f"the artifact of {item.technique} is not whole in {item.spec.folder(root)}")
+        session.artifacts[item.technique.name] = found
+        if item.spec.checkpoint:
+            session.load_options.checkpoint = str(found.folder)
+
+
+def make_wanted(session: Session, maker: str) -> tuple[Artifact, bool]:
+    """Make the artifact that the technique `maker` of the session's stack asks for; those before it must be there."""
+    root, known = Path(session.job.artifact_dir), optimizations()
+    for item in wanted(session.job):
+        technique = known[item.technique.name]
+        if item.technique.name == maker:
+            return make(item.spec, session, lambda folder: technique.make(item.technique, session, folder))
+        found = find(item.spec, root)
+        if found is None:
+            raise ArtifactError(f"{maker} starts from the artifact of {item.technique}, which is not in {root}")
+        session.artifacts[item.technique.name] = found
+        if item.spec.checkpoint:
+            session.load_options.checkpoint = str(found.folder)
+    raise ArtifactError(f"no technique {maker!r} with an artifact in {session.job.cell.stack}")
+
+
+def makers(job: CellJob) -> int:
+    """How many techniques of the stack may want an artifact: for time limits, where the model is not at hand."""
+    from tasks.optimization import Optimization
+
+    known = (type(optimizations()[name]) for name in job.cell.stack.names())
+    return sum(cls.artifact is not Optimization.artifact for cls in known)
+
+
+def _fill(
+    spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, Any] | None], folder: Path
+) -> Manifest:
+    from tasks.metrics.memory import peak_bytes, reset_peaks
+
+    reset_peaks(session)
+    began = time.perf_counter()
+    facts = fill(folder) or {}
+    session.synchronize()
+    made_s = time.perf_counter() - began
+    on_device, on_host = peak_bytes(session)
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if not files:
+        raise ArtifactError(f"{spec.maker} wrote nothing into its folder")
+    for path in files:
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{spec.maker} wrote {path.name}, which is no plain file: artifacts are self-contained")
+        _flush(path)
+    return Manifest(
+        key=spec.key,
+        maker=spec.maker,
+        inputs=spec.inputs,
+        base=spec.base,
+        files={
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        },
+        made_s=made_s,
+        peak_bytes=on_device or on_host,
+        peak_host_bytes=on_host,
+        device=session.job.device.name,
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        made_for=run_name(session.job),
+        versions=dict(session.job.device.packages),
+        facts=facts,
+    )
+
+
+def _partial(spec: ArtifactSpec, root: Path) -> Path:
+    return root / spec.maker / f".{spec.key}.making"
+
+
+@contextmanager
+def _locked(spec: ArtifactSpec, root: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the artifact's lock, which the kernel frees when its holder dies; False if it is taken and not waited for.
+
+    The lock's file stays: removing it would let a third process lock a new one beside somebody who waits on the old.
+    """
+    path = root / spec.maker / f".{spec.key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a rename must not come to rest before the bytes it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
