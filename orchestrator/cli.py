@@ -212,6 +212,21 @@ def doctor(
 
 
 @app.command()
+def train(
+    directory: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A new folder for the checkpoint.")],
+    size: Annotated[str, typer.Option(help="tiny, pocket or gpt2 (103 million parameters).")] = "gpt2",
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="How long to train; default 3.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="In the place of minutes.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
+) -> None:
+    """Train a model on the shipped text, so that what a technique costs in quality can be measured on it."""
+    from orchestrator.train_model import train_model
+
+    train_model(directory, size=size, minutes=minutes, steps=steps, device=device, seed=seed)
+
+
+@app.command()
 def table(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
     format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,

@@ -161,9 +161,7 @@ def find(spec: ArtifactSpec, root: Path, *, content: bool = False) -> Artifact |
     return Artifact(spec=spec, folder=folder, manifest=manifest) if whole else None
 
 
-def make(
-    spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, Any] | None]
-) -> tuple[Artifact, bool]:
+def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, Any] | None]) -> tuple[Artifact, bool]:
     """The artifact, and whether it was made now: `fill(folder)` writes its files and returns facts for the manifest.
 
     Waits while another process makes the same one. A broken one is replaced. When `fill` raises, nothing stays.

@@ -16,7 +16,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.artifacts import Artifact, ArtifactSpec, find, make
 from tasks.cell import digest

@@ -1,16 +1,39 @@
-"""What pocket is before training: its tokenizer, its architecture with random weights, and how it is judged."""
+"""What a trained model is before training: its tokenizer, its architecture with random weights, how it is judged."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.models.text import SEPARATOR
 
-VOCABULARY = 2048
 MAX_POSITIONS = 2048
 
 
-def train_tokenizer(text: str) -> Any:
-    """A byte-level BPE tokenizer of 2048 entries; the same text gives the same tokenizer."""
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Shape of a Llama with tied embeddings. Widths are multiples of 256 where formats pack blocks of that many."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int = 64
+
+
+SIZES = {
+    "tiny": Size(vocabulary=512, hidden=64, intermediate=128, layers=2, heads=2, key_value_heads=1, head_size=32),
+    # 4.46 million parameters
+    "pocket": Size(vocabulary=2048, hidden=256, intermediate=768, layers=5, heads=4, key_value_heads=2),
+    # 103 million: GPT-2's width and depth, with a gated MLP and one key and value for three heads
+    "gpt2": Size(vocabulary=8192, hidden=768, intermediate=2816, layers=12, heads=12, key_value_heads=4),
+}
+VOCABULARY = SIZES["pocket"].vocabulary
+
+
+def train_tokenizer(text: str, vocabulary: int = VOCABULARY) -> Any:
+    """A byte-level BPE tokenizer of `vocabulary` entries; the same text gives the same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +41,7 @@ def train_tokenizer(text: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[SEPARATOR],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -34,18 +57,19 @@ def train_tokenizer(text: str) -> Any:
     )
 
 
-def build_model() -> Any:
-    """Pocket with random weights, in float32: a LlamaForCausalLM of 4.46 million parameters, embeddings tied."""
+def build_model(size: str = "pocket") -> Any:
+    """A LlamaForCausalLM of one of `SIZES` with random weights, in float32, embeddings tied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = SIZES[size]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_size,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -19,7 +19,7 @@ from tasks.registry import optimizations
 from tasks.supervisor import Supervisor
 
 # `shrunk` keeps the first layers of the model, and does as its option `end` says. `rounded` starts from what is there.
-BROUGHT = '''
+BROUGHT = """
 import os, time
 from pathlib import Path
 from tasks.artifacts import artifact_spec
@@ -96,7 +96,7 @@ class Foreign(Optimization):
 
     def evidence(self, technique, session):
         return Evidence(ok=getattr(session.model, "brought", False), facts={"loader": True})
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,7 @@ def slot(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Super
         search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(search))
         optimizations.cache_clear()
-        supervisor = Supervisor(
-            bench.device(), cpus=bench.CPUS, log_path=folder / "slot.log", work_dir=folder / "work"
-        )
+        supervisor = Supervisor(bench.device(), cpus=bench.CPUS, log_path=folder / "slot.log", work_dir=folder / "work")
         supervisor.start()
         yield supervisor
         supervisor.close()
