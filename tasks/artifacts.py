@@ -214,9 +214,9 @@ def make_wanted(session: Session, maker: str) -> tuple[Artifact, bool]:
     """Make the artifact that the technique `maker` of the session's stack asks for; those before it must be there."""
     root, known = Path(session.job.artifact_dir), optimizations()
     for item in wanted(session.job):
-        technique = known[item.technique.name]
         if item.technique.name == maker:
-            return make(item.spec, session, lambda folder: technique.make(item.technique, session, folder))
+            chosen = item.technique
+            return make(item.spec, session, lambda folder: known[maker].make(chosen, session, folder))  # noqa: B023
         found = find(item.spec, root)
         if found is None:
             raise ArtifactError(f"{maker} starts from the artifact of {item.technique}, which is not in {root}")

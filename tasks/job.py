@@ -48,10 +48,11 @@ class CellJob:
     """One run of one cell, as the driver hands it to a runner.
 
     `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU) or
-    the device (CUDA). `artifact_dir` is local to the node; making one artifact may take `artifact_timeout_s`. `ceilings` and `idle_power_w` were measured on this device
-    in this sweep. `executed` demands a freshly executed process. `search_path` are folders in which a model factory
-    may be found, the sweep file's own first. `quality_choices_file` holds the user's questions, the shipped ones when
-    empty; `quality_tasks` are names of lm-evaluation-harness. `temperature_c` is what the block's first run started at.
+    the device (CUDA). `artifact_dir` is local to the node, and making one artifact may take `artifact_timeout_s`.
+    `ceilings` and `idle_power_w` were measured on this device in this sweep. `executed` demands a freshly executed
+    process. `search_path` are folders in which a model factory may be found, the sweep file's own first.
+    `quality_choices_file` holds the user's questions, the shipped ones when empty; `quality_tasks` are names of
+    lm-evaluation-harness. `temperature_c` is what the block's first run started at.
     """
 
     sweep: str

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 # Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Distillation and
-# pruning make another checkpoint, which precision and compression then load; attention and cache change the model; checkpointing and offload wrap its
-# modules; compile comes after everything that it should see; a decode loop or allocator setting does not touch it.
+# pruning make another checkpoint, which precision and compression then load; attention and cache change the model;
+# checkpointing and offload wrap its modules; compile comes after everything that it should see; a decode loop or
+# allocator setting does not touch it.
 FAMILIES: tuple[str, ...] = (
     "precision",
     "distillation",

@@ -1,4 +1,4 @@
-"""What was made before the cell ran: its key, what making it cost, and whether it lay ready (see `tasks/artifacts.py`)."""
+"""What was made before the cell ran: its key, what making it cost, whether it lay ready (see `tasks/artifacts.py`)."""
 
 from __future__ import annotations
 

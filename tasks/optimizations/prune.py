@@ -1,0 +1,127 @@
+"""Structured pruning: the MLP channels, heads or layers that matter least are taken out: less to store and compute.
+
+The pruned checkpoint is made once (`tasks.artifacts`), in the dtype that the model was published in. With
+`recover_steps` it is then trained on the text for so many steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.artifacts import ArtifactSpec, artifact_spec
+from tasks.calibration import calibration_windows, text_content
+from tasks.models.identity import config_of, model_type
+from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
+from tasks.optimizations._checkpoint import original_config, parameters_of, published_dtype
+from tasks.optimizations._pruning import IMPORTANCE, WHAT, Sizes, blocks_of, prune, pruned_sizes, sizes_of
+from tasks.stacks import option
+
+if TYPE_CHECKING:
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
+    from tasks.job import CellJob
+    from tasks.session import Session
+
+WINDOWS, LENGTH = 64, 512  # calibration
+BATCH, SEQUENCE = 8, 256  # recovery
+OTHERWISE_BUILT = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "phi3")
+
+
+class Prune(Optimization):
+    name = "prune"
+    family = "pruning"
+    summary = "MLP channels, heads or layers taken out by importance; optional recovery (Llama-type)"
+    needs = Needs(model_kinds=("language",), workloads=("prefill", "decode"))
+    options = {
+        "what": "mlp",
+        "ratio": 0.25,
+        "importance": "activation",
+        "recover_steps": 0,
+        "learning_rate": 0.0003,
+        "text": "",
+    }
+    choices = {"what": WHAT, "importance": IMPORTANCE}
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        if model_type(cell.model) in OTHERWISE_BUILT:
+            return f"{self.name} knows blocks as Llama has them, {cell.model.id} is built otherwise"
+        for technique in cell.stack.techniques:
+            if technique.name == self.name and (reason := _refused(cell, technique)):
+                return f"{self.name}: {reason}"
+        return super().unsupported(cell, device)
+
+    def resident(self, technique: Technique) -> float:
+        """About what is left of the blocks, at the least."""
+        return 1 - float(str(option(technique, "ratio")))
+
+    def content(self, technique: Technique, search_path: tuple[str, ...]) -> dict[str, str]:
+        return text_content(technique, search_path)
+
+    def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
+        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
+
+    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+        from tasks.metrics.parameters import count_parameters
+        from tasks.models.finetune import finetune, next_token_loss, save_checkpoint
+
+        steps = int(str(option(technique, "recover_steps")))
+        published = LoadOptions(checkpoint=session.load_options.checkpoint, dtype="float32" if steps else None)
+        loaded = session.load(published)
+        model, text = loaded.model, str(option(technique, "text"))
+        blocks_of(model)
+        dtype, before = published_dtype(session, self.name), count_parameters(model)[0]
+        sizes = sizes_of(model.config)
+        what = str(option(technique, "what"))
+        after = pruned_sizes(sizes, what, float(str(option(technique, "ratio"))))
+        ids = calibration_windows(session, text, WINDOWS, LENGTH)
+        facts = prune(model, what, after, str(option(technique, "importance")), ids)
+        if steps:
+            ids = calibration_windows(session, text, min(steps * BATCH, 8192), SEQUENCE)
+            rate = float(str(option(technique, "learning_rate")))
+            facts["recovery"] = finetune(
+                model, ids, lambda batch: next_token_loss(model, batch), steps=steps, batch=BATCH, learning_rate=rate
+            )
+            model.to(dtype)
+        save_checkpoint(model, loaded.tokenizer, folder)
+        now = count_parameters(model)[0]
+        return {**facts, "before": vars(sizes), "after": vars(after), "parameters_before": before, "parameters": now}
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """Every live block has the pruned size, and the model fewer parameters than the one that it was made from."""
+        from tasks.metrics.parameters import count_parameters
+
+        original = original_config(session, self.name)
+        expected = pruned_sizes(
+            sizes_of(original), str(option(technique, "what")), float(str(option(technique, "ratio")))
+        )
+        model, head = session.model, getattr(session.model.config, "head_dim", None)
+        head = head or original.hidden_size // original.num_attention_heads
+        group = original.num_attention_heads // original.num_key_value_heads
+        layers = model.base_model.layers
+        # of the two that no other technique joins with its neighbours
+        found = {
+            "mlp": sorted({block.mlp.down_proj.in_features for block in layers}),
+            "heads": sorted({block.self_attn.o_proj.in_features / (head * group) for block in layers}),
+            "layers": [len(layers)],
+        }
+        total, unpruned = count_parameters(model)[0], parameters_of(original)
+        ok = found == {name: [size] for name, size in vars(expected).items()} and total < unpruned
+        facts = {"expected": vars(expected), "found": found, "parameters": total, "parameters_unpruned": unpruned}
+        return Evidence(ok=ok, facts=facts)
+
+
+def _refused(cell: Cell, technique: Technique) -> str | None:
+    """Why these options cannot be, as far as the configuration tells without torch."""
+    ratio = float(str(option(technique, "ratio")))
+    if not 0 < ratio < 1:
+        return f"a ratio between 0 and 1 is needed, got {ratio:g}"
+    try:
+        config = config_of(cell.model) or {}
+        names = {"mlp": "intermediate_size", "heads": "num_key_value_heads", "layers": "num_hidden_layers"}
+        pruned_sizes(Sizes(**{key: config[name] for key, name in names.items()}), str(option(technique, "what")), ratio)
+    except Unsupported as refusal:
+        return str(refusal)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not at hand, or it leaves its class's defaults unsaid: loading will tell
+    return None
