@@ -11,8 +11,11 @@ from orchestrator.ledger import result_key
 from orchestrator.placement import Placed
 from orchestrator.sweep import Sweep
 from tasks.cell import Cell, ModelSpec
+from tasks.choices import content_hash
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
+from tasks.quality import VERSION
+from tasks.quality_tasks import PACKAGE
 from tasks.registry import optimizations, workloads
 from tasks.row import PROTOCOL_VERSION
 
@@ -45,6 +48,8 @@ class KeyMaker:
             "machine": node.report.machine_key,
         }
         backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
+        if identity["quality"] and self._sweep.quality.tasks:
+            backends.append(PACKAGE)
         versions = {name: device.packages.get(name) for name in (*_LIBRARIES, *backends)}
         return result_key(identity, versions)
 
@@ -64,8 +69,23 @@ class KeyMaker:
     def _quality(self, cell: Cell) -> dict[str, Any] | None:
         """How its quality is judged, None where it is not: such cells keep their rows whatever the sweep asks."""
         wanted, workload = self._sweep.quality, workloads()[cell.workload.kind]
-        judged = wanted.enabled and workload.needs_model and not workload.training
-        return {"tokens": wanted.tokens, "choices": wanted.choices} if judged else None
+        if not wanted.enabled or not workload.needs_model or workload.training:
+            return None
+        return self._quality_wanted
+
+    @cached_property
+    def _quality_wanted(self) -> dict[str, Any]:
+        """Files count by their content: questions that were edited are other questions."""
+        wanted = self._sweep.quality
+        return {
+            "version": VERSION,
+            "tokens": wanted.tokens,
+            "choices": wanted.choices,
+            "choices_file": content_hash(wanted.choices_file or ""),
+            "tasks": wanted.tasks,
+            "tasks_path": content_hash(wanted.tasks_path or ""),
+            "tasks_limit": wanted.tasks_limit,
+        }
 
     @cached_property
     def _backends(self) -> dict[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 from tasks.cell import NO_MODEL, Cell, ModelSpec, Stack, Technique, WorkloadPoint
 from tasks.device import DeviceInfo
 from tasks.probe import NodeReport, probe
+from tasks.quality_tasks import INSTALL, PACKAGE
 from tasks.registry import metric_classes, optimizations, workloads
 
 GIB = 2**30
@@ -113,6 +114,8 @@ def print_doctor() -> int:
         for name in optimizations():
             reason = why_not(name, device)
             print(f"  {'yes' if reason is None else 'no ':<3} {name}{'' if reason is None else f': {reason}'}")
+        lacking = "" if PACKAGE in device.packages else f": needs {PACKAGE}: {INSTALL}"
+        print(f"  {'no ' if lacking else 'yes'} quality.tasks (lm-evaluation-harness){lacking}")
     return status
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -58,6 +58,11 @@ def place(
         else:
             result.append(_place_on(item, matching[tag], memory_budget_bytes))
     return result
+
+
+def devices_of(placed: Iterable[Placed]) -> list[DeviceInfo]:
+    """The devices on which something is to be run."""
+    return [item.device for item in placed if item.to_run and item.device is not None]
 
 
 def _place_on(planned: PlannedCell, devices: Sequence[DeviceInfo], budget: int | None) -> Placed:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.expand import PlannedCell, expand
-from orchestrator.placement import Placed, place
+from orchestrator.placement import Placed, devices_of, place
 from orchestrator.sweep import Sweep, load_sweep, parse_only
+from orchestrator.sweep_quality import without_harness
 from tasks.device import DeviceInfo
 from tasks.probe import NodeReport, probe
 from tasks.registry import optimizations
@@ -115,6 +116,8 @@ def print_plan(planning: Planning) -> None:
     decisions = Counter(item.decision.value for item in planning.placed)
     counts = ", ".join(f"{number} {name}" for name, number in decisions.items())
     print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
+    for message in without_harness(planning.sweep.quality, devices_of(planning.placed)):
+        print(message)
 
 
 def _least_memory(item: Placed) -> str:

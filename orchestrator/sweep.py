@@ -23,11 +23,12 @@ from orchestrator.sweep_document import Document, Location, SweepError, apply_ov
 from orchestrator.sweep_matrix import groups, included, matches_nothing
 from orchestrator.sweep_models import ModelEntry, search_path
 from orchestrator.sweep_problems import Problem, Strict, refuse, wording
+from orchestrator.sweep_quality import Quality
 from orchestrator.sweep_selection import Exclude, Include, Only, is_pattern, parse_only, text_matches
 from orchestrator.sweep_stacks import stack, stacks
 from orchestrator.sweep_workloads import LARGEST, WorkloadEntry
 from tasks.cell import BASELINE, Stack
-from tasks.job import PROFILES, CellJob, Profile
+from tasks.job import PROFILES, Profile
 from tasks.stacks import nearest, parse_stack
 
 __all__ = ["Limits", "Only", "Quality", "Sweep", "SweepError", "load_sweep", "make_sweep", "parse_only", "shipped"]
@@ -47,19 +48,6 @@ class Limits(Strict):
     @property
     def memory_budget_bytes(self) -> int | None:
         return None if self.memory_budget_gib is None else int(self.memory_budget_gib * 2**30)
-
-
-class Quality(Strict):
-    """Whether quality is measured, and on how many tokens of held-out text and multiple-choice questions."""
-
-    enabled: bool = True
-    tokens: int = Field(default=CellJob.quality_tokens, ge=1, le=LARGEST)
-    choices: int = Field(default=CellJob.quality_choices, ge=1, le=LARGEST)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_bool(cls, value: Any) -> Any:
-        return {"enabled": value} if isinstance(value, bool) else value
 
 
 class Sweep(Strict):

@@ -12,10 +12,11 @@ from orchestrator.inventory import Node
 from orchestrator.keys import KeyMaker
 from orchestrator.ledger import Block, Ledger, Reuse, decide
 from orchestrator.patience import PatientStore
-from orchestrator.placement import Decision, Placed, place, plan_row
+from orchestrator.placement import Decision, Placed, devices_of, place, plan_row
 from orchestrator.slots import BenchSlot
 from orchestrator.store import Records
 from orchestrator.sweep import Sweep
+from orchestrator.sweep_quality import without_harness
 from tasks.cell import Cell
 from tasks.device import DeviceInfo, tag_matches
 from tasks.identity import cell_columns, job_columns
@@ -103,6 +104,7 @@ class SweepWork:
         ]
         groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
         messages = self._unplaced_messages(placed)
+        messages += without_harness(self._settings.sweep.quality, devices_of(newcomers))
         if groups:
             ledger = self._decide(groups, self._settings.retry)
             self.reused_runs += ledger.done_runs
@@ -251,7 +253,7 @@ class SweepWork:
             run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
             memory_budget_bytes=sweep.limits.memory_budget_bytes,
             quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
-            quality_tokens=sweep.quality.tokens, quality_choices=sweep.quality.choices,
+            **sweep.quality.job_fields(),
             search_path=sweep.search_path, seed=sweep.seed,
         )  # fmt: skip
 

@@ -50,7 +50,8 @@ class CellJob:
     `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU) or
     the device (CUDA). `artifact_dir` is local to the node. `ceilings` and `idle_power_w` were measured on this device
     in this sweep. `executed` demands a freshly executed process. `search_path` are folders in which a model factory
-    may be found, the sweep file's own first. `temperature_c` is what the block's first run started at.
+    may be found, the sweep file's own first. `quality_choices_file` holds the user's questions, the shipped ones when
+    empty; `quality_tasks` are names of lm-evaluation-harness. `temperature_c` is what the block's first run started at.
     """
 
     sweep: str
@@ -75,6 +76,10 @@ class CellJob:
     quality: bool = False
     quality_tokens: int = 2048
     quality_choices: int = 100
+    quality_choices_file: str = ""
+    quality_tasks: tuple[str, ...] = ()
+    quality_tasks_path: str = ""
+    quality_tasks_limit: int | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
     idle_power_w: float | None = None
     temperature_c: float | None = None
@@ -88,6 +93,7 @@ class CellJob:
             "device": self.device.to_dict(),
             "cpus": list(self.cpus),
             "search_path": list(self.search_path),
+            "quality_tasks": list(self.quality_tasks),
         }
 
     @classmethod
@@ -99,6 +105,7 @@ class CellJob:
                 "device": DeviceInfo.from_dict(data["device"]),
                 "cpus": tuple(data["cpus"]),
                 "search_path": tuple(data["search_path"]),
+                "quality_tasks": tuple(data["quality_tasks"]),
             }
         )
 

@@ -61,7 +61,8 @@ class Supervisor:
 
     def _ensure_reference(self, job: CellJob) -> None:
         """The fp32 reference in a process of its own: never two models on the device at once."""
-        key = (job.cell.model, job.quality_tokens, job.quality_choices, job.cell.workload.get("image_size"))
+        wanted = (job.quality_tokens, job.quality_choices, job.quality_choices_file)
+        key = (job.cell.model, *wanted, job.cell.workload.get("image_size"))
         if key not in self._references and workloads()[job.cell.workload.kind].needs_model:
             self._references.add(key)
             self._isolation.run("reference", job.to_dict(), timeout_s=job.timeout_s)

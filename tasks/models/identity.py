@@ -36,19 +36,20 @@ def checkpoint_hash(spec: ModelSpec, search_path: tuple[str, ...] = ()) -> str:
     folder = checkpoint_folder(spec)
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix in _CONTENT)
-        return digest([[path.name, _file_hash(path, path.stat().st_mtime_ns)] for path in files])
+        return digest([[path.name, file_hash(path, path.stat().st_mtime_ns)] for path in files])
     if spec.source == "random":
         return digest(random_config(spec.reference))
     if spec.source == "factory":
         module = Path(*spec.reference.partition(":")[0].split("."))
         files = [Path(folder) / module.with_suffix(".py") for folder in search_path]
         found = next((file for file in files if file.is_file()), None)
-        return digest([spec.identity(), _file_hash(found, found.stat().st_mtime_ns) if found else None])
+        return digest([spec.identity(), file_hash(found, found.stat().st_mtime_ns) if found else None])
     return digest(spec.identity())
 
 
 @cache
-def _file_hash(path: Path, _modified: int) -> str:
+def file_hash(path: Path, _modified: int) -> str:
+    """SHA-256 of a file, computed once for each modification time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

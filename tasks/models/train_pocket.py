@@ -5,31 +5,17 @@ checkpoint with the best held-out perplexity is the one saved.
 """
 
 import argparse
-import hashlib
 import json
-import lzma
 import math
 import platform
-import random
 import time
-import tokenize
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.models.text import SEPARATOR, TEXT_DIR, heldout_documents, heldout_text, train_text, write_sums
-
-VOCABULARY = 2048
-MAX_POSITIONS = 2048
-SEED = 20261119
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "ensurepip", "__pycache__"}
-GENERATED = ("decoding_table = (", "decoding_map = ", "# system configuration generated and used by")
-HELDOUT_FRACTION = 0.05
-HELDOUT_LARGEST_CHARS = 60_000
-DUPLICATE_FRACTION = 0.1
-CHOICES = 1000
+from tasks.models.make_pocket_text import SEED, make_choices, make_text
+from tasks.models.pocket_model import MAX_POSITIONS, autocast, build_model, perplexity, train_tokenizer
+from tasks.models.text import SEPARATOR, heldout_text, train_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,155 +56,6 @@ class TrainingRecord:
     versions: dict[str, str]
 
 
-def make_text(library: Path, directory: Path = TEXT_DIR) -> None:
-    """Write train.txt.xz and heldout.txt.xz from the `.py` files under a CPython 3.11.7 `lib/python3.11`."""
-    documents = dict(_library_files(library))
-    heldout = _choose_heldout(documents)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, names in (("train", documents.keys() - heldout), ("heldout", heldout)):
-        text = SEPARATOR.join(documents[path] for path in sorted(names))
-        packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
-        (directory / f"{name}.txt.xz").write_bytes(packed)
-        print(f"{name}: {len(names)} files, {len(text.encode())} bytes, {len(packed)} compressed")
-    write_sums(directory)
-
-
-def _library_files(library: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            with tokenize.open(path) as file:
-                text = file.read()
-            if text.strip() and not any(mark in text for mark in GENERATED):
-                yield relative.as_posix(), text
-
-
-def _choose_heldout(documents: dict[str, str]) -> set[str]:
-    """Files in the order of a hash of their path, until they hold 5 percent; never one that repeats another file."""
-    shingles = {path: _shingles(text) for path, text in documents.items()}
-    occurrences = Counter(shingle for found in shingles.values() for shingle in found)
-    wanted = HELDOUT_FRACTION * sum(map(len, documents.values()))
-    chosen: set[str] = set()
-    for path in sorted(documents, key=lambda path: hashlib.sha256(f"{SEED} {path}".encode()).hexdigest()):
-        repeated = sum(occurrences[shingle] > 1 for shingle in shingles[path])
-        original = repeated <= DUPLICATE_FRACTION * len(shingles[path])
-        if original and len(documents[path]) <= HELDOUT_LARGEST_CHARS:
-            chosen.add(path)
-        if sum(len(documents[path]) for path in chosen) >= wanted:
-            break
-    return chosen
-
-
-def _shingles(text: str) -> set[str]:
-    """Every run of three non-blank lines, stripped, that is long enough to say something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    runs = ("\n".join(lines[i : i + 3]) for i in range(len(lines) - 2))
-    return {run for run in runs if len(run) >= 60}
-
-
-def make_choices(directory: Path = TEXT_DIR) -> None:
-    """Write choices.jsonl: the true next line against three from other held-out files, alike in length and indent."""
-    draw = random.Random(SEED)
-    train, heldout = train_text(), heldout_text()
-    contexts: dict[str, tuple[int, str]] = {}
-    for number, document in enumerate(heldout_documents()):
-        lines = [line.rstrip() for line in document.splitlines()]
-        for at in range(4, len(lines)):
-            context, ending = _question(lines, at)
-            if ending and heldout.count(context) == 1 and context + ending in heldout and context not in train:
-                contexts[context] = (number, ending)
-    pool = list(contexts.values())
-    rows: list[str] = []
-    for context, (number, ending) in draw.sample(sorted(contexts.items()), len(contexts)):
-        alike = sorted({other for source, other in pool if source != number and _alike(ending, other)})
-        if len(alike) >= 3 and len(rows) < CHOICES:
-            endings = [ending, *draw.sample(alike, 3)]
-            draw.shuffle(endings)
-            rows.append(json.dumps({"ctx": context, "endings": endings, "label": endings.index(ending)}) + "\n")
-    (directory / "choices.jsonl").write_text("".join(rows), encoding="ascii")
-    write_sums(directory)
-    print(f"{len(rows)} choices of {len(contexts)} candidates, {sum(map(len, rows))} bytes")
-
-
-def _question(lines: list[str], at: int) -> tuple[str, str]:
-    """The 120 to 240 characters of whole lines before line `at`, and that line; empty strings where it is unfit."""
-    context = lines[at - 1]
-    for line in reversed(lines[max(0, at - 8) : at - 1]):
-        if len(context) >= 120:
-            break
-        context = f"{line}\n{context}"
-    context = context.lstrip("\n")
-    fit = 120 <= len(context) <= 240 and lines[at - 1] and 24 <= len(lines[at].lstrip()) <= 79
-    return (context, "\n" + lines[at]) if fit else ("", "")
-
-
-def _alike(ending: str, other: str) -> bool:
-    same_indent = len(ending) - len(ending.lstrip()) == len(other) - len(other.lstrip())
-    return same_indent and ending != other and abs(len(ending) - len(other)) <= 0.3 * min(len(ending), len(other))
-
-
-def train_tokenizer(text: str) -> Any:
-    """A byte-level BPE tokenizer of 2048 entries; the same text gives the same tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[SEPARATOR],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.split(SEPARATOR), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
-        pad_token=SEPARATOR,
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model() -> Any:
-    """Pocket with random weights, in float32: a LlamaForCausalLM of 4.46 million parameters, embeddings tied."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    # Not in the model's config, where it would take the end-of-text embedding out of training.
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def perplexity(model: Any, tokens: Any, *, window: int) -> float:
-    """exp of the mean next-token loss over the whole windows in `tokens` ([n] on the model's device)."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    rows = tokens[: tokens.numel() // window * window].view(-1, window)
-    total = 0.0
-    with torch.inference_mode(), _autocast(tokens.device.type):
-        for batch in rows.split(max(1, 32_768 // window)):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (rows.shape[0] * (window - 1)))
-
-
 def train(settings: Settings, out: Path) -> TrainingRecord:
     """Train tokenizer and model, and save both to `out`, the weights in bfloat16, with training.json beside them."""
     import tokenizers
@@ -248,7 +85,7 @@ def train(settings: Settings, out: Path) -> TrainingRecord:
         starts = torch.randint(corpus.numel() - length, (settings.batch_tokens // length, 1), generator=draw,
                                device=device)  # fmt: skip
         batch = corpus[starts + torch.arange(length + 1, device=device)]
-        with _autocast(device.type):
+        with autocast(device.type):
             logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         torch.autograd.backward(loss)
@@ -312,12 +149,6 @@ def train(settings: Settings, out: Path) -> TrainingRecord:
 def _schedule(done: float) -> float:
     """Share of the peak learning rate: linear over the first 3 percent of the run, then a cosine down to zero."""
     return min(1.0, (done + 1e-3) / 0.03) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def _autocast(device_type: str) -> Any:
-    import torch
-
-    return torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda")
 
 
 def _encode(tokenizer: Any, text: str, device: Any) -> Any:

@@ -76,6 +76,7 @@ class TestPlan:
         (("run", "SWEEP", "--retry", "eror"), "did you mean 'error'"),
         (("run", "SWEEP", "--wait-nodes", "soon"), "not a time"),
         (("plan", "SWEEP", "--set", "profile=quik"), "did you mean 'quick'"),
+        (("run", "SWEEP", "--set", "quality.choices_file=none.jsonl"), "none.jsonl cannot be read"),
         (("submit", "SWEEP", "--address", "http://127.0.0.1:1", "--out", "x", "--set", "seed=-1"), "seed"),
         (("table", "no-such-folder"), "no-such-folder"),
         (("status", "no-such-folder"), "no result folder"),
@@ -130,6 +131,7 @@ def test_doctor_measures_and_gives_reasons() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "yes bf16" in result.stdout
     assert "no  " in result.stdout
+    assert "quality.tasks (lm-evaluation-harness)" in result.stdout
 
 
 def test_run_from_python(sweep: Path, tmp_path: Path) -> None:

@@ -133,19 +133,32 @@ def test_a_run_without_a_reading_leaves_quality_to_the_next(folder: Path) -> Non
     later.store.close()
 
 
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions and a task, where relative paths are taken from."""
+    here = tmp_path / "beside"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine.yaml").write_text("task: mine\n")
+    (here / "questions.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
+
+
 @pytest.mark.parametrize(
     ("before", "after", "runs"),
     [
         ({"quality": False}, {}, 8),
         ({}, {"quality": {"tokens": 100}}, 8),
         ({}, {"quality": {"tokens": 2048}}, 0),
+        ({}, {"quality": {"tasks": ["mine"], "tasks_path": "."}}, 8),
+        ({"quality": {"tasks": ["mine"], "tasks_path": "."}}, {"quality": {"tasks": ["mine"], "tasks_path": "."}}, 0),
+        ({}, {"quality": {"choices_file": "questions.jsonl", "choices": 100}}, 8),
         ({}, {"seed": 1}, 8),
         ({}, {"limits": {"memory_budget_gib": 1}}, 8),
         ({}, {"limits": {"cell_timeout_s": 1}}, 0),
     ],
 )
 def test_what_changes_a_result_makes_it_stale(
-    folder: Path, before: dict[str, Any], after: dict[str, Any], runs: int
+    folder: Path, beside: None, before: dict[str, Any], after: dict[str, Any], runs: int
 ) -> None:
     bench = Bench(folder, "a100", **before)
     bench.finish_all(0)
@@ -153,9 +166,31 @@ def test_what_changes_a_result_makes_it_stale(
     later = Bench(folder, "a100", **after)
     jobs = later.finish_all(0)
     assert len(jobs) == runs
+    quality = after.get("quality", {})
+    assert all(job.quality_tasks == tuple(quality.get("tasks", ())) for job in jobs)
+    assert all(Path(job.quality_choices_file).name == quality.get("choices_file", "") for job in jobs)
     wanted = after.get("quality", {}).get("tokens", 2048)
     assert all((job.quality_tokens, job.quality_choices) == (wanted, 100) for job in jobs)
     later.store.close()
+
+
+def test_edited_questions_and_tasks_make_a_result_stale(folder: Path, tmp_path: Path) -> None:
+    questions, task = tmp_path / "questions.jsonl", tmp_path / "tasks" / "mine.yaml"
+    task.parent.mkdir()
+    task.write_text("task: mine\n")
+    questions.write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
+    quality = {"choices_file": str(questions), "tasks": ["mine"], "tasks_path": str(task.parent)}
+    bench = Bench(folder, "a100", quality=quality)
+    assert bench.finish_all(0)
+    bench.store.close()
+    for file, text in ((questions, '{"ctx": "a", "endings": ["b", "c"], "label": 1}\n'), (task, "task: mine\n#\n")):
+        same = Bench(folder, "a100", quality=quality)
+        assert same.finish_all(0) == []
+        same.store.close()
+        file.write_text(text)
+        other = Bench(folder, "a100", quality=quality)
+        assert other.finish_all(0)
+        other.store.close()
 
 
 def test_switching_quality_leaves_training_alone(folder: Path) -> None:

@@ -237,6 +237,23 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "bool for rounds": (GOOD + "rounds: true\n", "mine.yaml:8: rounds: must be a valid integer, got True"),
     "zero rounds": (GOOD + "rounds: 0\n", "mine.yaml:8: rounds: must be greater than or equal to 1, got 0"),
     "quality as text": (GOOD + "quality: high\n", "mine.yaml:8: quality must be a mapping, got 'high'"),
+    "no such questions": (
+        GOOD + "quality:\n  choices_file: none.jsonl\n",
+        "mine.yaml:9: choices_file: none.jsonl cannot be read (No such file or directory): give a file with one JSON "
+        'object per line, such as {"ctx": "...", "endings": ["...", "..."], "label": 0}',
+    ),
+    "no such folder of tasks": (
+        GOOD + "quality:\n  tasks: [mine]\n  tasks_path: none\n",
+        "mine.yaml:10: tasks_path 'none' does not exist (none): give the folder with the tasks' YAML files",
+    ),
+    "tasks path without tasks": (
+        GOOD + "quality:\n  tasks_limit: 3\n",
+        "mine.yaml:9: tasks_limit is given without tasks: name those that are to be run",
+    ),
+    "unknown key of quality": (
+        GOOD + "quality: {choice_file: a.jsonl}\n",
+        "mine.yaml:8: unknown key 'choice_file'; did you mean 'choices_file'?",
+    ),
     "stack twice": (
         GOOD + "  - sdpa-flash+bf16\n",
         "mine.yaml:8: 'sdpa-flash+bf16' is 'bf16+sdpa-flash', which is in the list already",
@@ -559,3 +576,54 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
     )
     assert json.loads(result.stdout) == []
+
+
+QUESTION = '{"ctx": "a", "endings": ["b", "c"], "label": 1}\n'
+
+
+def test_questions_lie_beside_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "questions.jsonl").write_text(QUESTION * 3)
+    text = GOOD + "quality: {choices_file: own/questions.jsonl}\n"
+    sweep = load_sweep(write(tmp_path, text))
+    assert sweep.quality.choices_file == str(tmp_path / "own" / "questions.jsonl")
+    assert sweep.quality.choices == 3, "all of a file, unless the sweep says otherwise"
+    assert load_sweep(write(tmp_path, text), ["quality.choices=2"]).quality.choices == 2
+    assert load_sweep(write(tmp_path, GOOD)).quality.choices == 100
+    assert load_sweep(write(tmp_path, sweep.to_yaml(), "again.yaml")) == sweep
+
+
+def test_a_bad_question_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text(QUESTION + "\n" + QUESTION.replace("1}", "2}"))
+    expected = "label 2 is out of range: the 2 endings are numbered 0 to 1"
+    text = GOOD + "quality:\n  tokens: 512\n  choices_file: questions.jsonl\n"
+    assert problems(tmp_path, text) == [f"mine.yaml:10: choices_file: questions.jsonl:3: {expected}"]
+
+
+def test_tasks_are_found_in_their_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks" / "deep"
+    folder.mkdir(parents=True)
+    assert "there is no YAML file in" in problems(tmp_path, GOOD + "quality: {tasks: [one], tasks_path: tasks}\n")[0]
+    (folder / "one.yaml").write_text('tag: [first, second]\n"task": "one" # a name\nfun: !function utils.fun\n')
+    (folder / "two.yml").write_text("group: all\ntask:\n  - one\n  - three\ntag: third\n")
+    for name in ("one", "three", "all", "first", "second", "third"):
+        quality = load_sweep(write(tmp_path, f"{GOOD}quality: {{tasks: [{name}], tasks_path: tasks}}\n")).quality
+        assert (quality.tasks, quality.tasks_path) == ([name], str(tmp_path / "tasks"))
+    (line,) = problems(tmp_path, GOOD + "quality:\n  tasks_path: tasks\n  tasks:\n    - one\n    - treee\n")
+    assert line == "mine.yaml:12: tasks has no task 'treee'; did you mean 'three'?"
+    (line,) = problems(tmp_path, GOOD + "quality:\n  tasks_path: tasks\n  tasks: [one, one]\n")
+    assert line == "mine.yaml:10: task 'one' is given twice"
+
+
+def test_devices_without_the_harness_are_named() -> None:
+    from orchestrator.sweep_quality import Quality, without_harness
+    from tasks.device import DeviceInfo
+
+    bare = DeviceInfo(kind="cpu", name="a CPU", tag="cpu", memory_bytes=1)
+    able = DeviceInfo(kind="cpu", name="a CPU", tag="other", memory_bytes=1, packages={"lm-eval": "0.4.13"})
+    wanted = Quality.model_construct(tasks=["one"])
+    (message,) = without_harness(wanted, [bare, bare, able])
+    assert "not installed on cpu:" in message
+    assert "pip install '.[quality]'" in message
+    assert without_harness(wanted, [able]) == []
+    assert without_harness(Quality(), [bare]) == []

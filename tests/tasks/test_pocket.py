@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks.models import text
-from tasks.models.train_pocket import HELDOUT_LARGEST_CHARS, _shingles, build_model, perplexity, train_tokenizer
+from tasks.models.make_pocket_text import HELDOUT_LARGEST_CHARS, _shingles
+from tasks.models.pocket_model import build_model, perplexity, train_tokenizer
 
 POCKET = text.TEXT_DIR.parent
 HELDOUT_TOKENS = 4096

@@ -11,6 +11,7 @@ import pytest
 
 from tasks.metric import Missing
 from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_path
+from tasks.quality_text import divergence as divergence_of
 
 TOKENS, CHOICES = 1024, 12
 
@@ -60,14 +61,20 @@ def itself(bench: Any, jobs: Any) -> Iterator[QualityReading]:
 
 class TestReferenceAgainstItself:
     def test_no_divergence(self, itself: QualityReading) -> None:
-        assert itself.kl_divergence == pytest.approx(0, abs=1e-9)
+        assert itself.kl_divergence is not None
+        assert 0 <= itself.kl_divergence < 1e-11
         assert itself.kl_divergence_max == pytest.approx(0, abs=1e-6)
         assert itself.top1_agreement == 1.0
         assert itself.perplexity_log_ratio == pytest.approx(0, abs=1e-9)
 
     def test_floor_is_rounding(self, itself: QualityReading) -> None:
         assert itself.kl_divergence_floor is not None
-        assert abs(itself.kl_divergence_floor) < 1e-6
+        assert 0 <= itself.kl_divergence_floor < 1e-9
+        assert itself.perplexity_log_ratio_floor is not None
+        assert 0 <= itself.perplexity_log_ratio_floor < 1e-6
+        assert itself.top1_agreement_floor == pytest.approx(1, abs=1e-3)
+        assert itself.accuracy_floor == 0
+        assert (itself.accuracy_difference, itself.accuracy_difference_stderr) == (0, 0)
 
     def test_label_and_counts(self, itself: QualityReading) -> None:
         assert itself.label == "quality"
@@ -101,18 +108,21 @@ class TestReferenceAgainstItself:
         from tasks.models.text import multiple_choice
 
         model, tokenizer = plain
-        right = 0
+        right = right_per_token = 0
         for item in multiple_choice()[:CHOICES]:
-            scores = []
+            scores, per_token = [], []
             for ending in item.endings:
                 context, tail = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (item.context, ending))
                 ids = torch.tensor([context + tail])
                 with torch.no_grad():
                     log_p = model(ids).logits[0].double().log_softmax(-1)
                 picked = [float(log_p[len(context) + i - 1, token]) for i, token in enumerate(tail)]
-                scores.append(sum(picked) / len(picked))
+                scores.append(sum(picked) / len(ending))
+                per_token.append(sum(picked) / len(picked))
             right += scores.index(max(scores)) == item.label
+            right_per_token += per_token.index(max(per_token)) == item.label
         assert itself.accuracy == right / CHOICES
+        assert itself.accuracy_per_token == right_per_token / CHOICES
 
 
 class TestPerturbation:
@@ -144,14 +154,43 @@ class TestPerturbation:
         """KL is of distributions, and of the right direction: KL(reference || ours)."""
         import torch
 
-        from tasks.quality import _divergence
-
         reference = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
         ours = torch.tensor([[[0.25, 0.5, 0.25]]]).log()
         expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-        assert float(_divergence(ours, reference)) == pytest.approx(expected)
+        assert float(divergence_of(ours, reference)) == pytest.approx(expected)
+        assert float(divergence_of(reference, reference)) == 0
         lopsided = torch.tensor([[[0.98, 0.01, 0.01]]]).log()
-        assert float(_divergence(lopsided, reference)) != pytest.approx(float(_divergence(reference, lopsided)))
+        assert float(divergence_of(lopsided, reference)) != pytest.approx(float(divergence_of(reference, lopsided)))
+
+    def test_divergence_is_never_negative(self) -> None:
+        """Also where fp32 log-probabilities do not sum to one, tiny differences, tiny and zero probabilities."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        logits = 8 * torch.randn(4, 96, 300, generator=generator)
+        logits[0, :, :40] = -float("inf")  # masked entries of a vocabulary
+        logits[1, :, 40:80] -= 900.0
+        reference = logits.log_softmax(-1)
+        for spread in (0.0, 1e-8, 1e-6, 1e-3, 1.0, 30.0):
+            ours = (logits + spread * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
+            p, q = (t.double().log_softmax(-1) for t in (reference, ours))
+            expected = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
+            found = divergence_of(ours, reference)
+            assert (found >= 0).all()
+            assert found.shape == (4, 96)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+    def test_overflow_is_null_with_a_reason(self, bench: Any, jobs: Any) -> None:
+        """Outputs that are not numbers give no figure, and the row of the cell stays."""
+        from tasks.metrics.quality import Quality
+
+        with bench.live(jobs(), calls=0) as session:
+            session.model.model.norm.weight.fill_(float("inf"))
+            session.quality = judge(session)
+            values = Quality().collect(session)
+        for name in ("perplexity", "kl_divergence", "accuracy", "accuracy_difference_stderr"):
+            assert isinstance(values[name], Missing), name
+            assert "overflow" in values[name].reason
 
 
 class TestRandomWeights:
@@ -209,10 +248,21 @@ def test_reading_is_reused_within_a_run(bench: Any, jobs: Any) -> None:
         assert judge(session) == first
 
 
-def test_reference_depends_on_what_it_is_made_of(bench: Any) -> None:
+def test_reference_depends_on_what_it_is_made_of(bench: Any, tmp_path: Path) -> None:
     base = bench.job(bench.cell("prefill", model=bench.POCKET))
     import dataclasses
 
     assert reference_path(base) == reference_path(dataclasses.replace(base, run_id="other", round=2))
-    for change in ({"quality_tokens": 99}, {"quality_choices": 7}, {"seed": 5}, {"cell": bench.cell("prefill")}):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}')
+    changes: list[dict[str, Any]] = [
+        {"quality_tokens": 99}, {"quality_choices": 7}, {"seed": 5}, {"cell": bench.cell("prefill")},
+        {"quality_choices_file": str(questions)},
+    ]  # fmt: skip
+    for change in changes:
         assert reference_path(base) != reference_path(dataclasses.replace(base, **change)), change
+    asked = dataclasses.replace(base, quality_choices_file=str(questions))
+    before = reference_path(asked)
+    questions.write_text('{"ctx": "a", "endings": ["b", "d"], "label": 0}')
+    assert reference_path(asked) != before
+    assert reference_path(base) == reference_path(dataclasses.replace(base, quality_tasks=("some",)))

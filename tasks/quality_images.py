@@ -1,0 +1,37 @@
+"""Image classifiers on the same random images: how often the first choice of the reference stays."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.session import Session
+
+IMAGES, IMAGE_BATCH = 64, 16
+
+
+def image_logits(session: Session) -> torch.Tensor:
+    """fp32 logits on the host, shape (images, classes)."""
+    import torch
+
+    from tasks.workloads._inputs import images
+
+    size = session.job.cell.workload.get("image_size", 224)
+    batches = images(session, IMAGE_BATCH, size, count=IMAGES // IMAGE_BATCH)
+    return torch.cat([session.model(batch).logits.float().cpu() for batch in batches])
+
+
+def compare_images(mine: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """Fields of a reading: agreement with the reference's first choice, with binomial errors."""
+    agree = (mine.argmax(-1) == reference.argmax(-1)).double()
+    among = (mine.topk(5).indices == reference.argmax(-1, keepdim=True)).any(-1).double()
+    share = float(agree.mean())
+    return {
+        "scored": len(agree),
+        "top1_agreement": share,
+        "top1_agreement_stderr": math.sqrt(share * (1 - share) / len(agree)),
+        "top5_agreement": float(among.mean()),
+    }
