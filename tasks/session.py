@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tasks.quality import QualityReading
     from tasks.timing import Timings
     from tasks.workload import Step, Workload
+    from tasks.workloads.attention import AttentionShape, Kernel
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,7 @@ class Settings:
     cache: str = "dynamic"  # none, dynamic, static
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
-    attention: str | None = None  # for kernel workloads: which implementation
+    attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel
 
 
 @dataclass(kw_only=True)
@@ -91,9 +92,9 @@ class Session:
         return torch.compile(function, **self.settings.compile)
 
     def contexts(self) -> ExitStack:
-        """All techniques' contexts, entered; inference mode too unless the workload trains."""
+        """All techniques' contexts, entered; inference mode too unless the workload has a backward pass."""
         stack = ExitStack()
-        if not self.workload.training:
+        if not self.workload.needs_gradients(self.job.cell.workload):
             import torch
 
             stack.enter_context(torch.inference_mode())
