@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.compilation import generated_code
 from tasks.optimization import Evidence, Needs
 from tasks.optimizations._attention import FLEX, AttentionKind, attention_operators, needs_gradients
 
@@ -76,6 +75,4 @@ def _generated(session: Session) -> tuple[int, list[str]]:
     graphs = sum(event.count for event in events if "CompiledFxGraph" in event.key)
     if session.on_cuda:
         return graphs, sorted({event.key for event in events if event.key.startswith("triton") and "flex" in event.key})
-    inductor = sys.modules.get("torch._inductor.codecache")
-    files = [getattr(module, "__file__", None) for module in inductor.PyCodeCache.modules] if inductor else []
-    return graphs, sorted({Path(file).stem for file in files if file and FLEX in Path(file).read_text()})
+    return graphs, sorted(name for name, text in generated_code().items() if FLEX in text)

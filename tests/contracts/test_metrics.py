@@ -18,7 +18,8 @@ MAY_BE_ZERO = {
     "fragmentation", "non_torch_bytes", "latency_ms_std", "latency_halfwidth", "perplexity_log_ratio",
     "perplexity_log_ratio_stderr", "kl_divergence", "kl_divergence_stderr", "kl_divergence_max",
     "kl_divergence_floor", "top1_agreement", "top1_agreement_stderr", "top5_agreement", "accuracy",
-    "accuracy_stderr", "quality_choices",
+    "accuracy_stderr", "quality_choices", "graph_breaks", "recompilations", "offload_bytes_per_token",
+    "device_fraction",
 }  # fmt: skip
 
 
