@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.models.load import LoadedModel
     from tasks.quality import QualityReading
     from tasks.timing import Timings
+    from tasks.transfers import Transfers
     from tasks.workload import Step, Workload
     from tasks.workloads.attention import AttentionShape, Kernel
 
@@ -35,6 +36,8 @@ class Settings:
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
     attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel
+    transfers: Transfers | None = None  # of weights that live elsewhere and are fetched for every use
+    offload: Any = None  # where such weights are, for the technique that put them there
 
 
 @dataclass(kw_only=True)
