@@ -14,7 +14,9 @@ class CompilationCounts(Metric):
     name = "compilation"
     columns = (
         Column(name="graph_breaks", type="int", doc="times that tracing gave up and went on in Python"),
-        Column(name="recompilations", type="int", doc="frames compiled again before measuring: their guards had failed"),
+        Column(
+            name="recompilations", type="int", doc="frames compiled again before measuring: their guards had failed"
+        ),
     )
 
     def collect(self, session: Session) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def attention_operators(session: Session) -> Counter[str]:
                 asked[MATH] += 1
             if getattr(func, "__name__", "") == FLEX and isinstance(func, torch._ops.HigherOrderOperator):
                 called[FLEX] += 1
-                with _disable_current_modes():  # type: ignore[no-untyped-call]
+                with _disable_current_modes():
                     return func(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
@@ -143,9 +143,9 @@ def attention_operators(session: Session) -> Counter[str]:
     assert session.step is not None
     with (
         warnings.catch_warnings(),
-        torch.compiler.set_stance("force_eager"),  # type: ignore[no-untyped-call]
+        torch.compiler.set_stance("force_eager"),
         Questions(),
-        Listener(),
+        Listener(),  # type: ignore[no-untyped-call]
     ):
         warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
         session.step.run_short()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch  # noqa: TID253 - classes of modules; this file is imported when a model is changed, not by `plan`
 
 
 class JoinedLinear(torch.nn.Module):
@@ -15,8 +15,8 @@ class JoinedLinear(torch.nn.Module):
         if any(layer.weight.is_meta for layer in layers):
             raise ValueError("weights that are elsewhere cannot be joined")
         with torch.no_grad():
-            self.weight = torch.nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-            biases = [layer.bias for layer in layers if layer.bias is not None]
+            self.weight = torch.nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+            biases = [layer.bias.data for layer in layers if layer.bias is not None]
             if biases and len(biases) != len(layers):
                 raise ValueError("some of the layers have a bias and some have none")
             self.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None

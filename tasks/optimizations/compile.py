@@ -57,7 +57,9 @@ class Compile(Optimization):
             ok = ok and facts["cuda_graph_launches"] > 0
         if option(technique, "coordinate_descent"):
             # every generated kernel carries the settings of its tuning
-            facts["kernels_tuned"] = sum("coordinate_descent_tuning': True" in text for text in generated_code().values())
+            facts["kernels_tuned"] = sum(
+                "coordinate_descent_tuning': True" in text for text in generated_code().values()
+            )
             ok = ok and facts["kernels_tuned"] > 0
         return Evidence(ok=ok, facts=facts)
 

@@ -34,7 +34,9 @@ class Flex(AttentionKind):
         from torch.nn.attention.flex_attention import create_block_mask
 
         length = shape.sequence_length
-        mask = create_block_mask(_causal, None, None, length, length, device=str(shape.device)) if shape.causal else None
+        mask = (
+            create_block_mask(_causal, None, None, length, length, device=str(shape.device)) if shape.causal else None
+        )
         attend = _compiled()
 
         def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:

@@ -53,7 +53,9 @@ class FusedProjections(Optimization):
                     torch.cuda.empty_cache()
         missing = [group for group in groups if not found[group]]
         if missing:
-            raise Unsupported(f"{self.name} found no plain {' or '.join(missing)} projections in {session.job.cell.model.id}")
+            raise Unsupported(
+                f"{self.name} found no plain {' or '.join(missing)} projections in {session.job.cell.model.id}"
+            )
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         """Every block has its joined products, one call uses each of them, and no parameter came or went."""
@@ -106,7 +108,7 @@ def _products(session: Session, joined: list[Any]) -> int:
     hooks = [module.register_forward_hook(count) for module in joined]
     try:
         assert session.step is not None
-        with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+        with torch.compiler.set_stance("force_eager"):
             session.step.run_short()
     finally:
         for hook in hooks:

@@ -187,7 +187,7 @@ def layers_of(model: Any) -> str:
     lists = (
         name for name, item in model.named_modules() if isinstance(item, torch.nn.ModuleList) and len(item) == wanted
     )
-    return next(lists)
+    return str(next(lists))
 
 
 def _fetching(model: Any) -> list[Any]:

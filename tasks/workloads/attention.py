@@ -71,9 +71,7 @@ class Attention(Workload):
         inputs = [tuple(drawn().requires_grad_(backward) for _ in range(3)) for _ in range(SETS)]
         gradients = [drawn() for _ in range(SETS)] if backward else None
         make = session.settings.attention or fused
-        kernel = make(
-            AttentionShape(sequence_length=shape[2], causal=bool(point["causal"]), device=session.device)
-        )
+        kernel = make(AttentionShape(sequence_length=shape[2], causal=bool(point["causal"]), device=session.device))
         return AttentionStep(session.compiled(kernel), inputs, gradients)
 
 

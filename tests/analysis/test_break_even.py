@@ -61,6 +61,7 @@ def test_table_uses_the_cold_compilation(build: SimpleNamespace, loaded: Loaded)
     shown = render(table)
     assert "break-even" in shown
     assert "5,000" in shown
+    assert "1 recompilation before measuring" in lines.loc["bf16+compile", "notes"]
 
 
 def test_no_saving_is_empty(build: SimpleNamespace, loaded: Loaded) -> None:

@@ -335,7 +335,10 @@ class TestAttentionKernel:
         assert unsupported(cell, bench.device("cuda")) is None
 
 
-FLASH_PACKAGES = {"flash-attn-2": ("flash_attn", "flash_attn"), "flash-attn-3": ("flash_attn_interface", "flash_attn_3")}
+FLASH_PACKAGES = {
+    "flash-attn-2": ("flash_attn", "flash_attn"),
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_3"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(FLASH_PACKAGES))

@@ -1,4 +1,4 @@
-"""The compile technique's options reach the compiler and are proven from its records; breaks and recompilations show."""
+"""The compile technique's options reach the compiler and are proven from its records; breaks are counted."""
 
 from __future__ import annotations
 
