@@ -106,7 +106,7 @@ def attention_operators(session: Session) -> Counter[str]:
     """
     import torch
     from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     called: Counter[str] = Counter()
     softmax: Counter[str] = Counter()
@@ -116,14 +116,16 @@ def attention_operators(session: Session) -> Counter[str]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.nn.functional.scaled_dot_product_attention:
                 asked[MATH] += 1
-            if getattr(func, "__name__", "") == FLEX and isinstance(func, torch._ops.HigherOrderOperator):
-                called[FLEX] += 1
-                with _disable_current_modes():
-                    return func(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     class Listener(TorchDispatchMode):
+        supports_higher_order_operators = True  # such as flex attention, whose backward pass is another one
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if isinstance(func, torch._ops.HigherOrderOperator):
+                if (name := func.name().removesuffix("_backward")) == FLEX:
+                    called[FLEX] += 1
+                return func(*args, **(kwargs or {}))
             namespace, _, name = func._schema.name.partition("::")
             name = name.removesuffix("_backward")
             if name in ("_softmax", "_safe_softmax"):
@@ -132,8 +134,8 @@ def attention_operators(session: Session) -> Counter[str]:
                 called[f"{namespace}::{name}"] += 1
             elif name.startswith("_scaled_dot_product") or "flash_attention" in name:
                 called[name] += 1
-            else:
-                # inference mode hands composite operators over whole: look inside them
+            elif torch.is_inference_mode_enabled():
+                # it hands composite operators over whole: look inside them
                 with self:
                     result = func.decompose(*args, **(kwargs or {}))
                 if result is not NotImplemented:
