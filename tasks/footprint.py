@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,7 +51,8 @@ def lower_bound(cell: Cell) -> Footprint:
          if known[t.name].family == "compression"),
         per_weight,
     )  # fmt: skip
-    weights = shape.blocks * in_blocks + shape.rest * per_weight
+    resident = math.prod(known[t.name].resident(t) for t in cell.stack.techniques)
+    weights = resident * shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step":
         # fp32 weights, gradients and two moments, whatever autocast computes in
         weights = 16.0 * (shape.blocks + shape.rest)

@@ -100,6 +100,10 @@ class Optimization(ABC):
         """Environment variables that must stand before the process imports anything."""
         return {}
 
+    def resident(self, technique: Technique) -> float:
+        """Share of the blocks' weights that stays on the device, for the predicted footprint."""
+        return 1.0
+
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         """Edit how the model will be loaded."""
         return

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from tasks.models.load import LoadedModel
     from tasks.quality import QualityReading
     from tasks.timing import Timings
+    from tasks.transfers import Transfers
     from tasks.workload import Step, Workload
+    from tasks.workloads.attention import AttentionShape, Kernel
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,9 @@ class Settings:
     cache: str = "dynamic"  # none, dynamic, static
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
-    attention: str | None = None  # for kernel workloads: which implementation
+    attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel
+    transfers: Transfers | None = None  # of weights that live elsewhere and are fetched for every use
+    offload: Any = None  # where such weights are, for the technique that put them there
 
 
 @dataclass(kw_only=True)
@@ -91,9 +95,9 @@ class Session:
         return torch.compile(function, **self.settings.compile)
 
     def contexts(self) -> ExitStack:
-        """All techniques' contexts, entered; inference mode too unless the workload trains."""
+        """All techniques' contexts, entered; inference mode too unless the workload has a backward pass."""
         stack = ExitStack()
-        if not self.workload.training:
+        if not self.workload.needs_gradients(self.job.cell.workload):
             import torch
 
             stack.enter_context(torch.inference_mode())

@@ -67,6 +67,10 @@ class Workload(ABC):
         """The identity columns `batch_size`, `sequence_length`, `new_tokens` of a point, None where meaningless."""
         return {key: point.get(key) for key in ("batch_size", "sequence_length", "new_tokens")}
 
+    def needs_gradients(self, point: WorkloadPoint) -> bool:
+        """Whether a call at this point has a backward pass, so that it cannot run in inference mode."""
+        return self.training
+
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this workload cannot run this cell's model on `device`, or None."""
         if self.model_kinds and cell.model.kind not in (*self.model_kinds, "unknown"):

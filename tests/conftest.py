@@ -134,7 +134,7 @@ class Bench:
             technique.apply(item, session)
         session.step = session.workload.prepare(session)
         with ExitStack() as contexts:
-            if not session.workload.training:
+            if not session.workload.needs_gradients(job.cell.workload):
                 contexts.enter_context(torch.inference_mode())
             for technique, item in chosen:
                 contexts.enter_context(technique.context(item, session))

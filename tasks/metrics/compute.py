@@ -129,7 +129,10 @@ def count_flops(session: Session) -> float | Missing:
     """FLOPs of one primary segment of the reference, on the meta device."""
     point = session.job.cell.workload
     if point.kind == "attention":
-        return float(4 * point["batch_size"] * point["heads"] * point["sequence_length"] ** 2 * point["head_size"])
+        # two products forward; their backward pass is four, and a fused kernel's recomputation is no work of the model
+        products = 2 if point["direction"] == "forward" else 6
+        scores = point["batch_size"] * point["heads"] * point["sequence_length"] ** 2
+        return float(2 * products * scores * point["head_size"])
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
