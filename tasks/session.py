@@ -34,6 +34,8 @@ class Settings:
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
     attention: str | None = None  # for kernel workloads: which implementation
+    optimizer: Callable[[list[Any], float], Any] | None = None  # (parameters, learning rate) -> optimizer, else AdamW
+    micro_batches: int = 1  # training: forward and backward passes per optimizer step
 
 
 @dataclass(kw_only=True)
