@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from analysis.fits import LEGEND as LEGEND_FITS
+from analysis.fits import fits
 from analysis.frames import numbers, records
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
@@ -45,9 +47,11 @@ def comparison_table(
     inverse = {"speedup": "ratio", "speedup_lo": "hi", "speedup_hi": "lo"}
     for name, source in inverse.items():
         table[name] = 1 / table[source]
+    table["fits"] = fits(table)
+    on_cards = bool((table["fits"] != "").any())
     table["notes"] = [_notes(row) for row in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", *_NUMBERS,
+        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits", *_NUMBERS,
         "throughput_unit", *inverse, *_COMPARED, "is_baseline", "simulated", "notes", *KEY,
     ]  # fmt: skip
     table = table[[name for name in order if name in table]].reset_index(drop=True)
@@ -56,6 +60,7 @@ def comparison_table(
     fields = [
         Field(header="optimization", form="text", sources=("optimization",)),
         Field(header="memory", form="bytes", sources=("memory_bytes",), word="outcome"),
+        *([Field(header="fits", form="text", sources=("fits",))] if on_cards else []),
         Field(header="weights", form="bytes", sources=("model_bytes",), rank=2),
         Field(header="latency ms", form="interval", sources=_interval("latency_ms_p50")),
         Field(header="p95 ms", form="number", sources=("latency_ms_p95",), rank=1),
@@ -81,7 +86,10 @@ def comparison_table(
         fields=shown,
         sections=("model", "workload_point", "hardware"),
         notes="notes",
-        footnotes=(LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else (),
+        footnotes=(
+            *((LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else ()),
+            *((LEGEND_FITS,) if on_cards else ()),
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from tasks.cell import Cell, ModelSpec
 from tasks.models.architectures import ARCHITECTURES
 from tasks.models.identity import config_of
 from tasks.registry import optimizations
-from tasks.stacks import precision_of
+from tasks.stacks import freezes_weights, precision_of
 
 _BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -39,7 +39,7 @@ class _Shape:
 
 
 def lower_bound(cell: Cell) -> Footprint:
-    """Weights in the stack's precision or compression, cache for the whole request; training adds AdamW's state."""
+    """Weights in the stack's precision or compression, cache for the whole request; training adds what steps need."""
     shape = _shape(cell.model)
     if shape is None:
         return Footprint(weight_bytes=None, cache_bytes=None)
@@ -51,15 +51,26 @@ def lower_bound(cell: Cell) -> Footprint:
         per_weight,
     )  # fmt: skip
     weights = shape.blocks * in_blocks + shape.rest * per_weight
-    if cell.workload.kind == "train_step":
-        # fp32 weights, gradients and two moments, whatever autocast computes in
-        weights = 16.0 * (shape.blocks + shape.rest)
+    if cell.workload.kind == "train_step" and not freezes_weights(cell):
+        weights = _trained_bytes(cell, shape)
     tokens = cell.workload.get("batch_size", 0) * (
         cell.workload.get("prompt_tokens", cell.workload.get("sequence_length", 0)) + cell.workload.get("new_tokens", 0)
     )
     held = cell.workload.kind in ("prefill", "decode") and "no-cache" not in cell.stack.names()
     cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight) if held else 0
     return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
+
+
+def _trained_bytes(cell: Cell, shape: _Shape) -> float:
+    """Weights, gradients and optimizer state; trained weights are fp32 where a precision is chosen for autocast."""
+    known = optimizations()
+    each = shape.published_bytes if precision_of(cell) is None else 4.0
+    # AdamW's two moments are as wide as the weights
+    state = next(
+        (known[t.name].footprint_bits / 8 for t in cell.stack.techniques if hasattr(known[t.name], "footprint_bits")),
+        2 * each,
+    )
+    return (2 * each + state) * (shape.blocks + shape.rest)
 
 
 @cache
