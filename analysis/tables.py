@@ -51,8 +51,8 @@ def comparison_table(
     on_cards = bool((table["fits"] != "").any())
     table["notes"] = [_notes(row) for row in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits", *_NUMBERS,
-        "throughput_unit", *inverse, *_COMPARED, "is_baseline", "simulated", "notes", *KEY,
+        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
+        *_NUMBERS, "throughput_unit", *inverse, *_COMPARED, "is_baseline", "simulated", "notes", *KEY,
     ]  # fmt: skip
     table = table[[name for name in order if name in table]].reset_index(drop=True)
     units = table["throughput_unit"].dropna().unique()

@@ -62,14 +62,14 @@ def lower_bound(cell: Cell) -> Footprint:
 
 
 def _trained_bytes(cell: Cell, shape: _Shape) -> float:
-    """Weights, gradients and optimizer state; trained weights are fp32 where a precision is chosen for autocast."""
+    """Weights, gradients and optimizer state: AdamW's two moments, as wide as the weights, or what another keeps.
+
+    Weights are fp32 where a precision is chosen, which autocast computes in.
+    """
     known = optimizations()
     each = shape.published_bytes if precision_of(cell) is None else 4.0
-    # AdamW's two moments are as wide as the weights
-    state = next(
-        (known[t.name].footprint_bits / 8 for t in cell.stack.techniques if hasattr(known[t.name], "footprint_bits")),
-        2 * each,
-    )
+    bits = [getattr(known[technique.name], "footprint_bits", None) for technique in cell.stack.techniques]
+    state = next((number / 8 for number in bits if number is not None), 2 * each)
     return (2 * each + state) * (shape.blocks + shape.rest)
 
 

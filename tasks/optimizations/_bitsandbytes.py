@@ -22,7 +22,11 @@ class BitsAndBytes(Optimization):
     """`layer` is the class that must have replaced the linear layers inside the blocks; the head stays as it is."""
 
     family = "compression"
-    needs = Needs(packages=("bitsandbytes", "accelerate"), model_kinds=("language",), workloads=("prefill", "decode", "train_step"))
+    needs = Needs(
+        packages=("bitsandbytes", "accelerate"),
+        model_kinds=("language",),
+        workloads=("prefill", "decode", "train_step"),
+    )
     layer: ClassVar[str]
     storage: ClassVar[tuple[str, ...]]
     bits: ClassVar[float]

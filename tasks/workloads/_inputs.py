@@ -77,7 +77,9 @@ def split(batch: Any, parts: int, size: int) -> list[Any]:
 
     if isinstance(batch, torch.Tensor):
         if batch.ndim == 0 or batch.shape[0] != size:
-            raise ValueError(f"a batch of {size} cannot be split: one of its tensors has the shape {tuple(batch.shape)}")
+            raise ValueError(
+                f"a batch of {size} cannot be split: one of its tensors has the shape {tuple(batch.shape)}"
+            )
         return list(batch.chunk(parts))
     if isinstance(batch, tuple | list):
         return [type(batch)(items) for items in zip(*(split(item, parts, size) for item in batch), strict=True)]

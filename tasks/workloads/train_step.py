@@ -182,7 +182,7 @@ class TrainingStep(Step):
     def optimizer_steps(self) -> int:
         """Steps that the optimizer really took, from its own state: a scaler that skips leaves fewer than calls.
 
-        The calls of one that keeps no count are counted; only fused ones are called for steps that are skipped.
+        The calls of one that keeps no count are counted: a scaler does not call it for a step that it skips.
         """
         states = [self.optimizer.state.get(parameter, {}).get("step") for parameter in self._watched]
         taken = [int(step) for step in states if step is not None]

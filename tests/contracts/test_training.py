@@ -1,4 +1,4 @@
-"""What training techniques promise: the same gradients where nothing but memory changes, a falling loss, no pretence."""
+"""What training techniques promise: the same gradients where only memory changes, a falling loss, no pretence."""
 
 from __future__ import annotations
 
@@ -285,8 +285,9 @@ class TestCheckpointing:
 
     def test_other_blocks_than_llama(self, bench: Any) -> None:
         """GPT-2 has its own linear layers, as the shipped sweep's model."""
-        config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 64,
-                  "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+        without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = {"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0, **sizes, **without_dropout}
         model = bench.random_model("tiny-gpt2", config, "language")
         for mode in ("block", "selective"):
             stack = f"fp32+checkpointing:mode={mode}"
@@ -327,7 +328,7 @@ class TestOptimizers:
     def test_state_that_would_not_be_quantized_is_refused(self, bench: Any) -> None:
         model, path = bench.factory(FACTORY.format(reduction="mean"))
         cell = bench.cell("train_step", "adamw-8bit", model)
-        with pytest.raises(Unsupported, match="adamw-8bit.*4096"), bench.live(bench.job(cell, search_path=path)):
+        with pytest.raises(Unsupported, match=r"adamw-8bit.*4096"), bench.live(bench.job(cell, search_path=path)):
             pass
 
     def test_state_kept_in_fp32_is_caught(self, bench: Any) -> None:
@@ -444,7 +445,7 @@ class TestLora:
     @pytest.mark.parametrize("precision", ["fp32", "fp32+nf4"])
     @pytest.mark.parametrize("stack", SAME_GRADIENT)
     def test_same_gradient(self, bench: Any, precision: str, stack: str) -> None:
-        theirs = [gradient for gradient in gradients(bench, f"{precision}+lora")]
+        theirs = gradients(bench, f"{precision}+lora")
         assert distance(gradients(bench, f"{precision}+lora+{stack}"), theirs) < ROUNDING
 
     def test_gptqmodel_stays_out(self, bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
