@@ -57,6 +57,7 @@ class Lora(Optimization):
         down = {name: p for name, p in trained.items() if ".lora_A." in name}
         up = {name: p for name, p in trained.items() if ".lora_B." in name}
         layers = [m for m in session.model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        roles = dtypes_by_role(session.model)
         # B starts at zero: what is not zero was trained
         moved = sum(bool(parameter.detach().any()) for parameter in up.values())
         facts = {
@@ -65,22 +66,29 @@ class Lora(Optimization):
             "ranks": sorted({parameter.shape[0] for parameter in down.values()}),
             "trained_elements": sum(parameter.numel() for parameter in trained.values()),
             "adapters_moved": moved,
-            "dtypes": dtypes_by_role(session.model),
+            "dtypes": roles,
             "autocast": session.settings.autocast,
         }
         missed = [m for name, m in session.model.named_modules() if _is_plain_linear(name, m)]
         ok = bool(down) and len(down) == len(up) == len(layers) and len(trained) == 2 * len(layers) and not missed
         ok = ok and facts["ranks"] == [rank] and moved == len(up)
+        # what must not be rounded: adapters ever, normalisations between compressed layers
+        precise = ("adapters", "norms") if _compressed_kinds(session.model) else ("adapters",)
+        ok = ok and all(roles.get(role, ["float32"]) == ["float32"] for role in precise)
         ok = ok and {id(p) for p in trained.values()} == {id(p) for p in session.step.trained}  # type: ignore[union-attr]
         return Evidence(ok=ok, facts=facts)
 
 
 def _say_how_it_is_compressed(model: Any) -> bool:
     """peft asks the model whether its linear layers are compressed; those with random weights do not know yet."""
-    kinds = {type(module).__name__ for module in model.modules()} & _COMPRESSED.keys()
+    kinds = _compressed_kinds(model)
     for kind in kinds:
         setattr(model, _COMPRESSED[kind], True)
     return bool(kinds)
+
+
+def _compressed_kinds(model: Any) -> set[str]:
+    return {type(module).__name__ for module in model.modules()} & _COMPRESSED.keys()
 
 
 def _prepare_compressed(session: Session) -> None:

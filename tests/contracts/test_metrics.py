@@ -18,7 +18,7 @@ MAY_BE_ZERO = {
     "fragmentation", "non_torch_bytes", "latency_ms_std", "latency_halfwidth", "perplexity_log_ratio",
     "perplexity_log_ratio_stderr", "kl_divergence", "kl_divergence_stderr", "kl_divergence_max",
     "kl_divergence_floor", "top1_agreement", "top1_agreement_stderr", "top5_agreement", "accuracy",
-    "accuracy_stderr", "quality_choices",
+    "accuracy_stderr", "quality_choices", "optimizer_steps_skipped", "optimizer_paged_bytes",
 }  # fmt: skip
 
 

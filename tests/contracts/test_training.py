@@ -389,6 +389,20 @@ def test_memory_that_stacks_need_at_least(bench: Any) -> None:
     assert all(more > less for more, less in pairwise(found))
 
 
+def test_frozen_weights_are_not_counted_as_work(bench: Any) -> None:
+    """Of forward, gradients of inputs and gradients of weights, an adapter leaves out the last."""
+    from tasks.metrics.compute import count_flops
+
+    found = []
+    for stack in ("fp32", "fp32+lora"):
+        job = bench.job(bench.cell("train_step", stack, batch_size=4, sequence_length=32))
+        with bench.live(job, applied="fp32", calls=0) as session:
+            found.append(count_flops(session))
+    # attention has no weights: 2 layers, 2 products of 2 x batch 4 x 4 heads x 32 x 32 x 16, forward and twice backward
+    attention = 2 * 2 * (2 * 4 * 4 * 32 * 32 * 16) * 3
+    assert found[1] - attention == pytest.approx(2 / 3 * (found[0] - attention))
+
+
 @pytest.mark.backends
 class TestLora:
     @pytest.mark.parametrize("stack", WITH_ADAPTERS)
@@ -456,6 +470,12 @@ class TestLora:
         monkeypatch.syspath_prepend(tmp_path)
         with bench.live(job_for(bench, "fp32+lora")):
             assert "gptqmodel" not in sys.modules
+
+    def test_rounded_norms_are_caught(self, bench: Any) -> None:
+        with bench.live(job_for(bench, "bf16+nf4+lora")) as session:
+            assert proof("lora", session).ok
+            session.model.model.norm.bfloat16()
+            assert not proof("lora", session).ok
 
     @pytest.mark.parametrize("fault", ["weights trained too", "one layer without", "another rank", "not trained"])
     def test_pretenders(self, bench: Any, fault: str) -> None:
