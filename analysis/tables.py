@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from analysis.break_even import with_break_even
+from analysis.fits import LEGEND as LEGEND_FITS
+from analysis.fits import fits
 from analysis.frames import numbers, records
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
@@ -52,11 +54,13 @@ def comparison_table(
     for name, source in inverse.items():
         table[name] = 1 / table[source]
     table = with_break_even(table, frame)
+    table["fits"] = fits(table)
+    on_cards = bool((table["fits"] != "").any())
     table["notes"] = [_notes(row) for row in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", *_NUMBERS,
-        "throughput_unit", *inverse, *_COMPARED, "cold_compile_s", "break_even_calls", "is_baseline", "simulated",
-        "notes", *KEY,
+        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
+        *_NUMBERS, "throughput_unit", *inverse, *_COMPARED, "cold_compile_s", "break_even_calls", "is_baseline",
+        "simulated", "notes", *KEY,
     ]  # fmt: skip
     table = table[[name for name in order if name in table]].reset_index(drop=True)
     units = table["throughput_unit"].dropna().unique()
@@ -65,6 +69,7 @@ def comparison_table(
     fields = [
         Field(header="optimization", form="text", sources=("optimization",)),
         Field(header="memory", form="bytes", sources=("memory_bytes",), word="outcome"),
+        *([Field(header="fits", form="text", sources=("fits",))] if on_cards else []),
         Field(header="weights", form="bytes", sources=("model_bytes",), rank=2),
         Field(header="latency ms", form="interval", sources=_interval("latency_ms_p50")),
         Field(header="p95 ms", form="number", sources=("latency_ms_p95",), rank=1),
@@ -99,6 +104,7 @@ def comparison_table(
         footnotes=(
             *((LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else ()),
             *((LEGEND_BREAK_EVEN,) if any(field.header == "compile s" for field in shown) else ()),
+            *((LEGEND_FITS,) if on_cards else ()),
         ),
     )
 

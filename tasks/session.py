@@ -38,6 +38,8 @@ class Settings:
     attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel
     transfers: Transfers | None = None  # of weights that live elsewhere and are fetched for every use
     offload: Any = None  # where such weights are, for the technique that put them there
+    optimizer: Callable[[list[Any], float], Any] | None = None  # (parameters, learning rate) -> optimizer, else AdamW
+    micro_batches: int = 1  # training: forward and backward passes per optimizer step
 
 
 @dataclass(kw_only=True)

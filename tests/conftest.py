@@ -46,7 +46,9 @@ TINY_RESNET = {
 }
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
-PACKAGES = {name: found for name in ("torch", "transformers", "bitsandbytes", "accelerate") if (found := version(name))}
+PACKAGES = {
+    name: found for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft") if (found := version(name))
+}
 INSTANT = "instant"  # a profile for passes inside the test process
 
 

@@ -16,7 +16,7 @@ from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
 from tasks.models.identity import checkpoint_hash
-from tasks.stacks import precision_of
+from tasks.stacks import freezes_weights, precision_of
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -112,7 +112,8 @@ def _flops(session: Session) -> float | Missing:
 
     content = checkpoint_hash(cell.model) if cell.model.source != "none" else None
     what = {"model": cell.model.identity(), "content": content, "transformers": transformers.__version__}
-    key = digest({**what, "workload": str(cell.workload), "convention": 2})
+    frozen = {"frozen": True} if freezes_weights(cell) else {}
+    key = digest({**what, **frozen, "workload": str(cell.workload), "convention": 2})
     kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
     if session.job.artifact_dir and kept.exists():
         return float(json.loads(kept.read_text()))
@@ -161,6 +162,10 @@ def count_flops(session: Session) -> float | Missing:
         if point.kind == "prefill":
             return _language_flops(model, point["batch_size"], point["sequence_length"], logits=1)
         if point.kind == "train_step":
+            if freezes_weights(session.job.cell):
+                # gradients of frozen weights are not computed; those of what lies between adapters are
+                model.requires_grad_(False)
+                model.get_input_embeddings().register_forward_hook(_requires_gradient)
             with counter:
                 _loss(model, point).backward()
             return float(counter.get_total_flops())
@@ -203,6 +208,10 @@ def _attention_row(model: Any, longer: float, shorter: float, batch: int, length
     quadratic = (longer - n * (longer - shorter)) / (n**2 - n * (2 * n - 1))
     linear = (longer - quadratic * n**2) / n
     return linear + quadratic * n
+
+
+def _requires_gradient(_module: Any, _inputs: Any, output: Any) -> None:
+    output.requires_grad_()
 
 
 def _loss(model: Any, point: Any) -> Any:
