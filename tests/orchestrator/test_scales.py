@@ -33,7 +33,7 @@ def test_is_a_sweep(name: str, scale: str) -> None:
         assert {cell.cell_id for cell in found} <= {cell.cell_id for cell in cells(name)}, "part of the whole grid"
     if scale == "small":
         assert all((lower_bound(cell).total_bytes or 0) < 2**30 for cell in found)
-        assert {cell.workload.kind for cell in found} == {cell.workload.kind for cell in cells(name)}
+        assert {cell.workload.kind for cell in found} <= {cell.workload.kind for cell in cells(name)}
 
 
 @pytest.mark.parametrize("name", ["precision", "checkpointing", "accumulation", "finetune"])
