@@ -32,6 +32,7 @@ class Step(ABC):
     boundaries: Mapping[str, bool]  # label -> whether the time since the boundary before counts as primary
     unit: str  # "token", "image", "step": what throughput and energy count
     units_per_call: int  # units done by the primary segments of one call
+    steps_per_call: int = 1  # primary segments of one call
     energy_units_per_call: int | None = None  # units behind the energy of a whole call, if not units_per_call
     waiting_bytes: int = 0  # of input sets that only wait for their turn: no workload would hold them
 

@@ -19,6 +19,7 @@ MAY_BE_ZERO = {
     "perplexity_log_ratio_stderr", "kl_divergence", "kl_divergence_stderr", "kl_divergence_max",
     "kl_divergence_floor", "top1_agreement", "top1_agreement_stderr", "top5_agreement", "accuracy",
     "accuracy_stderr", "quality_choices",
+    "superfluous_steps", "kv_cache_host_bytes", "stop_check_ms", "stop_check_wait_ms", "stop_check_hidden_share",
 }  # fmt: skip
 
 
