@@ -2,9 +2,9 @@
 
 The cost of a stop check is what it adds to a request, not what the host spends on it: waiting that the device does not
 notice is free. Three kinds of whole requests take turns, synchronised only at their ends: without a check, told where
-to end; with the stack's check; and with the naive one (`sync-check`), which reads every step's flag at once. Differences
-of their medians, over the steps that the request needs, are the cost per token; a superfluous step counts as cost. The
-device works out the flag in all three.
+to end; with the stack's check; and with the naive one (`sync-check`), which reads every step's flag at once. Their
+medians' differences, over the steps that the request needs, are the cost per token; a superfluous step counts as cost.
+The device works out the flag in all three.
 """
 
 from __future__ import annotations

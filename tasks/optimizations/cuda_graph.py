@@ -28,13 +28,16 @@ class CudaGraph(Optimization):
     needs = Needs(devices=("cuda",), workloads=("decode",), model_kinds=("language",))
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        refusal = super().unsupported(cell, device)
+        if refusal is not None:
+            return refusal
         known = optimizations()
         if not any(getattr(known[item.name], "fixed", False) for item in cell.stack.techniques):
             return f"{self.name} replays fixed addresses and shapes: the stack needs static-cache"
         for item in cell.stack.techniques:
             if item.name == "compile" and option(item, "mode") in OWN_GRAPHS:
                 return f"{self.name} captures the step, and so does {item}: choose one"
-        return super().unsupported(cell, device)
+        return None
 
     def apply(self, technique: Technique, session: Session) -> None:
         session.settings.capture = capture

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Needs
 from tasks.optimizations._cache import CacheKind
+from tasks.optimizations._quanto import settle_unpacking
 from tasks.stacks import option
+from tasks.workloads._decode_cache import bytes_of
 
 if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
@@ -30,17 +32,24 @@ class QuantizedCacheKind(CacheKind):
     exact = False
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        (technique,) = (item for item in cell.stack.techniques if item.name == self.name)
+        refusal = super().unsupported(cell, device)
+        if refusal is not None:
+            return refusal
+        technique = next(item for item in cell.stack.techniques if item.name == self.name)
         backend, bits = str(option(technique, "backend")), option(technique, "bits")
         if bits not in BITS[backend]:
             return f"{self.name} with {backend} stores {' or '.join(map(str, BITS[backend]))} bits, not {bits}"
         if int(option(technique, "residual")) < 1:
             return f"{self.name} needs residual, the latest tokens in full precision, to be at least 1"
-        refusal = super().unsupported(cell, device)
-        if refusal is None and PACKAGE[backend] not in device.packages:
+        if PACKAGE[backend] not in device.packages:
             how = "pip install '.[kvquant]'" if backend == "quanto" else f"pip install {PACKAGE[backend]}"
             return f"{self.name} needs {PACKAGE[backend]}, which {device.tag} lacks: {how}"
-        return refusal
+        return None
+
+    def apply(self, technique: Technique, session: Session) -> None:
+        super().apply(technique, session)
+        if option(technique, "backend") == "quanto":
+            settle_unpacking(session.device)
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
         from transformers import QuantizedCache
@@ -57,8 +66,6 @@ class QuantizedCacheKind(CacheKind):
 
     def recognizes(self, technique: Technique, cache: Any, facts: dict[str, Any]) -> bool:
         """Stored bits of the quantized part, and how many tokens are in it."""
-        from tasks.workloads._decode_cache import bytes_of
-
         layer = cache.layers[0]
         residual = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
         elements = 2 * _elements_per_token(layer) * (facts["cached_tokens"] - residual)
@@ -66,7 +73,9 @@ class QuantizedCacheKind(CacheKind):
         facts["tokens_in_full_precision"] = residual
         facts["bits_per_element"] = bits = 8 * stored / elements if elements else None
         wanted = int(option(technique, "bits"))
-        facts["backend_class"] = type(layer).__name__
+        facts["layer_class"] = type(layer).__name__
+        if option(technique, "backend") == "quanto":
+            facts["unpacking"] = settle_unpacking(layer.keys.device)
         right = str(option(technique, "backend")).lower() in type(layer).__name__.lower()
         return right and bits is not None and wanted <= bits <= wanted + SCALE_BITS
 

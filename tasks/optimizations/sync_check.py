@@ -20,10 +20,11 @@ class SyncCheckKind(StopCheckKind):
     options = {"every": 1}
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        for item in cell.stack.techniques:
-            if item.name == self.name and int(option(item, "every")) < 1:
-                return f"{self.name} needs every to be at least 1, got {option(item, 'every')}"
-        return super().unsupported(cell, device)
+        refusal = super().unsupported(cell, device)
+        every = next(int(option(item, "every")) for item in cell.stack.techniques if item.name == self.name)
+        if refusal is None and every < 1:
+            return f"{self.name} needs every to be at least 1, got {every}"
+        return refusal
 
     def make(self, technique: Technique, session: Session) -> StopCheck:
         return SyncCheck(int(option(technique, "every")))
