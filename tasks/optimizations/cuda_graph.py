@@ -43,6 +43,8 @@ class CudaGraph(Optimization):
         session.settings.capture = capture
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
+        if not session.on_cuda:
+            return Evidence(ok=False, facts={"device": session.device.type})
         launches = graph_launches(session)
         steps = session.step.steps  # type: ignore[union-attr]
         return Evidence(ok=launches == steps > 0, facts={"cuda_graph_launches": launches, "steps": steps})

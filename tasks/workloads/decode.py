@@ -42,6 +42,7 @@ class Decode(Workload):
         "longest": 0.9,
     }
     choices = {"sampling": ("greedy", "multinomial"), "stop": ("none", "eos")}
+    modifiers = ("sampling", "temperature", "stop", "shortest", "longest")
     model_kinds = ("language",)
 
     def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
@@ -52,7 +53,7 @@ class Decode(Workload):
         }
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        point = cell.workload
+        point = self.values(cell.workload)
         if point["new_tokens"] < 2:
             return "decode needs at least 2 new tokens: the first one belongs to the prompt"
         if not 0 < point["shortest"] <= point["longest"] <= 1:
@@ -62,8 +63,8 @@ class Decode(Workload):
         return super().unsupported(cell, device)
 
     def prepare(self, session: Session) -> Step:
-        point = session.job.cell.workload
-        return DecodeStep(session, token_batches(session, point["batch_size"], point["prompt_tokens"]))
+        point = self.values(session.job.cell.workload)
+        return DecodeStep(session, point, token_batches(session, point["batch_size"], point["prompt_tokens"]))
 
 
 class DecodeStep(Step):
@@ -73,13 +74,13 @@ class DecodeStep(Step):
     boundaries: Mapping[str, bool] = {SETUP: False, "first_token": False, END: True}
     unit = "token"
 
-    def __init__(self, session: Session, prompts: list[Any]) -> None:
-        point, settings = session.job.cell.workload, session.settings
+    def __init__(self, session: Session, point: dict[str, Any], prompts: list[Any]) -> None:
+        settings = session.settings
         batch, self.prompt_tokens = prompts[0].shape
         self._session, self._prompts, self._new = session, prompts, point["new_tokens"]
         self.check: StopCheck = settings.stop_check() if settings.stop_check else NoCheck()
         self._scheduled = point["stop"] == "eos"
-        self.ledger = self._make_ledger(batch)
+        self.ledger = self._make_ledger(batch, point)
         banned = self.ledger.stop if self._scheduled else None
         self.choose = (
             Chooser(banned)
@@ -96,8 +97,8 @@ class DecodeStep(Step):
         self.energy_units_per_call = real  # a request's energy holds its prompt and its first token
         self.steps_per_call = self._steps_of(self.check)
 
-    def _make_ledger(self, batch: int) -> Ledger:
-        session, point = self._session, self._session.job.cell.workload
+    def _make_ledger(self, batch: int, point: dict[str, Any]) -> Ledger:
+        session = self._session
         assert session.loaded is not None
         shared: dict[str, Any] = {"watched": self._scheduled or self.check.watches}
         shared["flags"] = self.check.flags(session, self._new)
