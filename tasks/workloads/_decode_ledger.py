@@ -86,8 +86,8 @@ class Ledger:
 
         if self.watched:
             if self._scheduled:
-                token = torch.where(self._ends_at == self.position, self.stop, token)
-            token = torch.where(self._finished, self.pad, token)
+                token = token.masked_fill(self._ends_at == self.position, self.stop)
+            token = token.masked_fill(self._finished, self.pad)
             self._finished.logical_or_(token == self.stop)
             torch.add(self._epoch, self._finished.all(), out=self.status)
             if self.flags is not None:

@@ -38,7 +38,7 @@ class Chooser:
 
     def _allowed(self, logits: Any) -> Any:
         if self._banned is not None:
-            logits[:, self._banned] = float("-inf")
+            logits.select(-1, self._banned).fill_(float("-inf"))
         return logits
 
 
