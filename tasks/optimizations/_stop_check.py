@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Evidence, Needs, Optimization
+from tasks.workloads._decode_checks import NoCheck
 
 if TYPE_CHECKING:
     from tasks.cell import Technique
@@ -33,7 +35,7 @@ class StopCheckKind(Optimization):
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         """The request of the plain loop, token by token, and as many flags read on the way as this check must."""
         step: Any = session.step
-        same = step.same_as_plain()
+        same = step.same_tokens(step.checking(NoCheck()))
         step.run(0, lambda _label: None)
         reads, steps = step.check.reads, step.steps
         facts: dict[str, Any] = {
@@ -48,8 +50,16 @@ class StopCheckKind(Optimization):
         return True
 
 
-def copies_and_kernels(session: Session) -> tuple[set[int], set[int]]:
-    """Streams of the copies from device to host, and streams of the kernels, that the profiler sees in a request."""
+def copies_of_the_check(session: Session) -> tuple[Counter[int], set[int]]:
+    """Copies from device to host that a request makes only because of its check, by stream, and streams of kernels."""
+    step: Any = session.step
+    with step.checking(NoCheck()):
+        without, _ = _copies_and_kernels(session)
+    looking, kernels = _copies_and_kernels(session)
+    return looking - without, kernels
+
+
+def _copies_and_kernels(session: Session) -> tuple[Counter[int], set[int]]:
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -57,12 +67,13 @@ def copies_and_kernels(session: Session) -> tuple[set[int], set[int]]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         session.step.run_short()
         session.synchronize()
-    copies, kernels = set(), set()
+    copies: Counter[int] = Counter()
+    kernels: set[int] = set()
     for event in seen.events() or ():
         if event.device_type != DeviceType.CUDA:
             continue
         if "memcpy dtoh" in event.name.lower():
-            copies.add(int(event.device_resource_id))
+            copies[int(event.device_resource_id)] += 1
         elif not event.name.lower().startswith(("memcpy", "memset")):
             kernels.add(int(event.device_resource_id))
     return copies, kernels

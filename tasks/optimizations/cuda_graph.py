@@ -46,8 +46,11 @@ class CudaGraph(Optimization):
         if not session.on_cuda:
             return Evidence(ok=False, facts={"device": session.device.type})
         launches = graph_launches(session)
-        steps = session.step.steps  # type: ignore[union-attr]
-        return Evidence(ok=launches == steps > 0, facts={"cuda_graph_launches": launches, "steps": steps})
+        step: Any = session.step
+        steps = step.steps
+        same = step.same_tokens(step.uncaptured())
+        facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": same}
+        return Evidence(ok=launches == steps > 0 and same, facts=facts)
 
 
 def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Needs
-from tasks.optimizations._stop_check import StopCheckKind, copies_and_kernels
+from tasks.optimizations._stop_check import StopCheckKind, copies_of_the_check
 from tasks.workloads._decode_checks import LateCheck, StopCheck
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class Interleaved(StopCheckKind):
     def recognizes(self, session: Session, facts: dict[str, Any]) -> bool:
         if not session.on_cuda:
             return False
-        copies, kernels = copies_and_kernels(session)
-        facts["copy_streams"], facts["kernel_streams"] = sorted(copies), sorted(kernels)
-        return bool(copies) and not copies & kernels
+        copies, kernels = copies_of_the_check(session)
+        facts["flag_copies_by_stream"], facts["kernel_streams"] = dict(copies), sorted(kernels)
+        return bool(copies) and not copies.keys() & kernels
 
 
 class SideStreamCheck(LateCheck):

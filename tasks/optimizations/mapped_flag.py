@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Needs, Unsupported
-from tasks.optimizations._stop_check import StopCheckKind, copies_and_kernels
+from tasks.optimizations._stop_check import StopCheckKind, copies_of_the_check
 from tasks.workloads._decode_checks import LateCheck, StopCheck
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class MappedFlag(StopCheckKind):
     def recognizes(self, session: Session, facts: dict[str, Any]) -> bool:
         if not session.on_cuda:
             return False
-        copies, _ = copies_and_kernels(session)
-        facts["copies_to_host"] = len(copies)
+        copies, _ = copies_of_the_check(session)
+        facts["flag_copies"] = copies.total()
         return not copies
 
 

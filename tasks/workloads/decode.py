@@ -9,7 +9,7 @@ finished ones are padded, and only real tokens count as units. Whether the loop 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Cell, WorkloadPoint
@@ -90,6 +90,7 @@ class DecodeStep(Step):
         factory = settings.token_step or growing_cache
         self.source: TokenStep = factory(session, self.choose, self.prompt_tokens + self._new)
         self._captured: Callable[[], None] | None = None
+        self._uncaptured = False
         self._index = 0
         self.steps = 0  # of the last request, after its first token
         real = sum(self.ledger.lengths[0])
@@ -154,7 +155,7 @@ class DecodeStep(Step):
 
     def _advance_or_replay(self) -> Callable[[], None]:
         capture = self._session.settings.capture
-        if capture is None or _listened_to():
+        if capture is None or self._uncaptured or _listened_to():
             return self._advance
         if self._captured is None:
             generators = [] if self.choose.generator is None else [self.choose.generator]
@@ -187,11 +188,20 @@ class DecodeStep(Step):
         last = check.last_column(self.ledger.longest - 1) if self._scheduled else self._new - 1
         return int(min(self._new - 1, last))
 
-    def same_as_plain(self) -> bool:
-        """Whether one request gives the tokens of the loop that never looks, sequence by sequence."""
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Requests whose steps are launched one kernel at a time, also where a graph of them exists."""
+        self._uncaptured = True
+        try:
+            yield
+        finally:
+            self._uncaptured = False
+
+    def same_tokens(self, otherwise: AbstractContextManager[None]) -> bool:
+        """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
         self.run(0, _ignore)
         ours = self.ledger.result()
-        with self.checking(NoCheck()):
+        with otherwise:
             self.run(0, _ignore)
         return bool(ours.equal(self.ledger.result()))
 

@@ -269,6 +269,23 @@ class TestStep:
             assert len(replays) == session.step.steps
             assert session.step.ledger.result().equal(tokens_of(bench, "static-cache", 1, stop=stop, sampling=sampling))
 
+    @pytest.mark.parametrize("fault", ["nothing", "once", "none"])
+    def test_graph_that_does_something_else_is_caught(self, bench: Any, fault: str) -> None:
+        def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
+            calls: list[int] = []
+
+            def replay() -> None:
+                calls.append(1)
+                if fault == "none" or (fault == "once" and len(calls) == 1):
+                    advance()
+
+            return replay
+
+        job = bench.job(bench.cell("decode", "static-cache", stop="eos", **AXES))
+        with bench.live(job, calls=0) as session:
+            session.settings.capture = capture
+            assert session.step.same_tokens(session.step.uncaptured()) == (fault == "none")
+
     def test_graph_needs_fixed_addresses(self, bench: Any) -> None:
         cuda = bench.device("cuda")
         for cache in ("", "dynamic-cache+", "no-cache+"):
