@@ -37,6 +37,7 @@ _NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
     "throughput_per_s_lo", "throughput_per_s_hi", "energy_j_per_unit", "perplexity", "kl_divergence", "accuracy",
     "top1_agreement", "mbu", "mfu", "graph_breaks", "recompilations", "device_fraction", "offload_bytes_per_token",
+    "request_ms_mean", "kv_cache_bytes", "kv_cache_bytes_per_token", "stop_check_ms", "stop_check_hidden_share",
 )  # fmt: skip
 _COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")
 
@@ -79,6 +80,7 @@ def comparison_table(
             sources=("throughput_per_s",),
             unit=None if shared else "throughput_unit",
         ),
+        Field(header="request ms", form="number", sources=("request_ms_mean",), rank=1),
         Field(header="speed-up", form="ratio", sources=("speedup", "speedup_lo", "speedup_hi", "is_baseline")),
         Field(header="verdict", form="verdict", sources=("verdict", "equivalent", "mde", "is_baseline", "speedup")),
         Field(header=f"J/{shared or 'unit'}", form="number", sources=("energy_j_per_unit",)),
@@ -91,6 +93,10 @@ def comparison_table(
         Field(header="break-even", form="number", sources=("break_even_calls",)),
         Field(header="breaks", form="number", sources=("graph_breaks",), rank=6),
         Field(header="recompiled", form="number", sources=("recompilations",), rank=5),
+        Field(header="KV cache", form="bytes", sources=("kv_cache_bytes",), rank=2),
+        Field(header="KV B/token", form="number", sources=("kv_cache_bytes_per_token",), rank=5),
+        Field(header="stop check ms", form="number", sources=("stop_check_ms",), rank=2),
+        Field(header="hidden", form="percent", sources=("stop_check_hidden_share",), rank=2),
         Field(header="MBU", form="percent", sources=("mbu",), rank=3),
         Field(header="MFU", form="percent", sources=("mfu",), rank=0 if kernels else 4),
     ]

@@ -58,8 +58,11 @@ def lower_bound(cell: Cell) -> Footprint:
     tokens = cell.workload.get("batch_size", 0) * (
         cell.workload.get("prompt_tokens", cell.workload.get("sequence_length", 0)) + cell.workload.get("new_tokens", 0)
     )
-    held = cell.workload.kind in ("prefill", "decode") and "no-cache" not in cell.stack.names()
-    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight) if held else 0
+    held = 1.0 if cell.workload.kind in ("prefill", "decode") else 0.0
+    for technique in cell.stack.techniques:
+        share = getattr(known[technique.name], "held_share", None)
+        held *= 1.0 if share is None else share(technique, per_weight)
+    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight * held)
     return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Precision and
 # compression decide how weights are loaded; attention and cache change the model; checkpointing and offload wrap its
-# modules; compile comes after everything that it should see; a decode loop or allocator setting does not touch it.
+# modules; compile comes after everything that it should see, and a captured graph holds
+# what it made; a decode loop or allocator setting does not touch the model.
 FAMILIES: tuple[str, ...] = (
     "precision",
     "compression",
@@ -29,6 +30,7 @@ FAMILIES: tuple[str, ...] = (
     "offload",
     "allocator",
     "compile",
+    "graphs",
     "decode-loop",
     "control",
 )
@@ -43,12 +45,14 @@ class Needs:
     """Conditions that can be decided at planning time. Empty tuples mean no restriction.
 
     `compute_capability` is the least `(major, minor)` on CUDA. `packages` are distribution names; `extra` is the
-    project's extra that installs them.
+    project's extra that installs them. Some options need `optional_packages`: the technique
+    says which.
     """
 
     devices: tuple[DeviceKind, ...] = ()
     compute_capability: tuple[int, int] | None = None
     packages: tuple[str, ...] = ()
+    optional_packages: tuple[str, ...] = ()
     extra: str | None = None
     workloads: tuple[str, ...] = ()
     model_kinds: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 REFERENCE_STACK = "fp32+eager"
-NOT_JUDGED = frozenset({"kv-cache", "compile", "control", "decode-loop", "allocator"})
+NOT_JUDGED = frozenset({"kv-cache", "compile", "graphs", "control", "decode-loop", "allocator"})
 BATCH = 4  # windows at once; half of it for the floor
 VERSION = 4  # raised when the way of judging changes: older references, readings and rows are not reused
 

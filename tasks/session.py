@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tasks.timing import Timings
     from tasks.transfers import Transfers
     from tasks.workload import Step, Workload
+    from tasks.workloads._decode_checks import StopCheck
+    from tasks.workloads._decode_steps import StepFactory
     from tasks.workloads.attention import AttentionShape, Kernel
 
 
@@ -32,7 +34,10 @@ class Settings:
     """What techniques may set, and workloads read. `compile` holds keyword arguments of `torch.compile`."""
 
     compile: dict[str, Any] | None = None
-    cache: str = "dynamic"  # none, dynamic, static
+    token_step: StepFactory | None = None  # how a decode loop gets its next token; None: a cache that grows
+    stop_check: Callable[[], StopCheck] | None = None  # how a decode loop learns of the end; None: it never asks
+    # (restart, advance, generators) -> a replay of `advance`, which reads and writes fixed addresses of the device only
+    capture: Callable[[Callable[[], None], Callable[[], None], list[Any]], Callable[[], None]] | None = None
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
     attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel

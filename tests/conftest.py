@@ -90,7 +90,7 @@ class Bench:
         for name, default in workloads()[kind].axes.items():
             axes[name] = min(default, 32) if type(default) is int else default
             axes[name] = 2 if name == "batch_size" else axes[name]
-        return WorkloadPoint(kind=kind, parameters=tuple(sorted({**axes, **changes}.items())))
+        return workloads()[kind].point({**axes, **changes})
 
     def cell(self, kind: str = "prefill", stack: str = "baseline", model: ModelSpec | None = None, **axes: Any) -> Cell:
         workload = workloads()[kind]

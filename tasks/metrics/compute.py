@@ -60,9 +60,7 @@ def seconds_per_segment(session: Session) -> float | None:
     timings, step = session.timings, session.step
     if timings is None or step is None or timings.throughput.seconds <= 0:
         return None
-    point = session.job.cell.workload
-    segments = point["new_tokens"] - 1 if point.kind == "decode" else 1
-    return timings.throughput.seconds / (timings.throughput.calls * segments)
+    return timings.throughput.seconds / (timings.throughput.calls * step.steps_per_call)
 
 
 def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> float | Missing:

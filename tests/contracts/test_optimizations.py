@@ -20,12 +20,16 @@ MODEL_KINDS = ("language", "vision", "module")
 
 # Relative distance of the outputs from the fp32 reference (fp32, attention written out), by family. Rounding of bf16
 # is 0.4 % per number and of a 4-bit weight about 10 %; everything else computes the same thing in another order.
-TOLERANCE = {"precision": 0.03, "compression": 0.10, "attention": 1e-5, "kv-cache": 1e-5, "control": 1e-5}
+TOLERANCE = {
+    "precision": 0.03, "compression": 0.10, "attention": 1e-5, "kv-cache": 1e-5, "decode-loop": 1e-5, "control": 1e-5,
+}  # fmt: skip
 SAME_ARITHMETIC = 1e-4
 # Techniques that change nothing, on purpose: there is nothing to pretend.
 CONTROLS = {name for name, technique in optimizations().items() if technique.family == "control"}
 # Techniques that the model has as published and the library by default, on a CPU: no evidence can tell them from none.
 DEFAULTS = {"fp32", "dynamic-cache", "sdpa-flash"}
+# What a technique cannot do without.
+COMPANIONS = {"cuda-graph": "static-cache+cuda-graph"}
 # What only a CUDA device can prove; tests/gpu does.
 PROVEN_ON_CUDA = {"tf32"}
 # Compilation of a model with it takes minutes on a CPU; the attention kernel alone takes seconds.
@@ -41,7 +45,12 @@ def cell_for(bench: Any, name: str, workload: str | None = None, precision: str 
     technique = optimizations()[name]
     kind = workload or usual_workload(technique)
     model = bench.POCKET if technique.family == "compression" else None
-    return bench.cell(kind, f"{precision}+{name}" if precision else name, model)
+    stack = COMPANIONS.get(name, name)
+    return bench.cell(kind, f"{precision}+{stack}" if precision else stack, model)
+
+
+def keeps_tokens(technique: Optimization) -> bool:
+    return technique.family in ("kv-cache", "attention", "decode-loop") and getattr(technique, "exact", True)
 
 
 def runs_here(bench: Any, cell: Cell) -> bool:
@@ -164,9 +173,11 @@ class TestRefusal:
     def test_has_some_device(self, bench: Any, name: str) -> None:
         technique = optimizations()[name]
         cell = cell_for(bench, name, precision="bf16" if technique.family == "attention" else "")
-        packages = {**bench.device().packages, **dict.fromkeys(technique.needs.packages, "1")}
-        card = bench.device("cuda", compute_capability=(10, 0), packages=packages)
-        assert runs_here(bench, cell) or unsupported(cell, card) is None
+        needed = (*technique.needs.packages, *technique.needs.optional_packages)
+        installed = {**bench.device().packages, **dict.fromkeys(needed, "1")}
+        card = bench.device("cuda", compute_capability=(10, 0), packages=installed)
+        devices = (bench.device(packages=installed), card)
+        assert any(unsupported(cell, device) is None for device in devices)
 
 
 def test_attention_without_attention_is_refused(bench: Any) -> None:
@@ -224,6 +235,8 @@ class TestEffect:
         family = optimizations()[name].family
         if workload == "decode" and family in ("precision", "compression"):
             pytest.skip("greedy tokens of a rounded model may part for good: prefill shows its logits")
+        if not getattr(optimizations()[name], "exact", True):
+            pytest.skip("does not claim the same tokens: its evidence is checked elsewhere")
         expected = reference(cell)  # a session of its own, which forgets what was compiled: before the other begins
         with bench.live(bench.job(cell)) as session:
             # before the evidence, whose own calls are shorter
@@ -234,18 +247,15 @@ class TestEffect:
 
     @pytest.mark.parametrize(
         "name",
-        [
-            slow_if(name in COMPILES_LONG, name)
-            for name in TECHNIQUES
-            if optimizations()[name].family in ("kv-cache", "attention")
-        ],
+        [slow_if(name in COMPILES_LONG, name) for name in TECHNIQUES if keeps_tokens(optimizations()[name])],
     )
     def test_same_tokens_in_fp32(self, bench: Any, reference: Any, name: str) -> None:
         cell = cell_for(bench, name, "decode", precision="fp32")
         if not runs_here(bench, cell):
             pytest.skip(str(unsupported(cell, bench.device())))
         with bench.live(bench.job(cell)) as session:
-            assert output(session).equal(reference(cell)), "greedy tokens in fp32 do not depend on cache or kernel"
+            same = output(session).equal(reference(cell))
+            assert same, "greedy tokens in fp32 do not depend on cache, kernel or loop"
 
 
 def impostors(name: str) -> list[str]:
@@ -253,7 +263,11 @@ def impostors(name: str) -> list[str]:
     known = optimizations()
     others = [other for other in TECHNIQUES if known[other].family == known[name].family and other != name]
     # tf32 on a CPU is fp32: no card, no TF32
-    others = [other for other in others if not known[other].needs.devices and other not in PROVEN_ON_CUDA]
+    others = [
+        other
+        for other in others
+        if not known[other].needs.devices and not known[other].needs.optional_packages and other not in PROVEN_ON_CUDA
+    ]
     return others + ([] if name in DEFAULTS else ["baseline"])
 
 

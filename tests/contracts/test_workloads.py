@@ -45,6 +45,20 @@ class TestDeclaration:
                 assert default > 0, "integers of axes must be positive"
             if name in workload.choices:
                 assert default in workload.choices[name]
+        assert set(workload.modifiers) <= set(workload.axes) - {"batch_size"}
+
+    def test_defaults_of_modifiers_stay_out_of_the_point(self, kind: str) -> None:
+        workload = workloads()[kind]
+        plain = workload.point({})
+        assert dict(plain.parameters).keys() == set(workload.axes) - set(workload.modifiers)
+        assert workload.point(dict(workload.axes)) == plain
+        assert workload.values(plain) == workload.axes
+        for name in workload.modifiers:
+            other = next((c for c in workload.choices.get(name, ()) if c != workload.axes[name]), None)
+            changed = workload.axes[name] / 2 if other is None else other  # type: ignore[operator]
+            point = workload.point({name: changed})
+            assert point[name] == workload.values(point)[name] == changed
+            assert point != plain
 
     def test_columns(self, bench: Any, kind: str) -> None:
         columns = workloads()[kind].columns(bench.point(kind))
