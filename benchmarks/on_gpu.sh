@@ -14,8 +14,8 @@ limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes i
     timeout --signal=INT --kill-after=60 "$@"
 }
 
-sweep() { # SECONDS NAME FOLDER
-    limited "$1" "$PYTHON" -m orchestrator run "$2" --out "$out/$3" >"$out/$3.txt" 2>&1
+sweep() { # SECONDS NAME FOLDER [OPTION...]
+    limited "$1" "$PYTHON" -m orchestrator run "$2" --out "$out/$3" "${@:4}" >"$out/$3.txt" 2>&1
     tail -n 60 "$out/$3.txt"
 }
 
@@ -32,7 +32,7 @@ for part in "$@"; do
         "$PYTHON" benchmarks/compare_independent.py "$out/llama-1b" "$out/independent-llama.json"
         ;;
     attention)
-        sweep "${ATTENTION_S:-300}" attention attention
+        sweep "${ATTENTION_S:-300}" attention attention --set scale=headline
         limited 60 "$PYTHON" benchmarks/independent_gpu.py "$out/independent-attention.json" attention
         "$PYTHON" benchmarks/compare_independent.py "$out/attention" "$out/independent-attention.json"
         ;;
@@ -45,7 +45,7 @@ for part in "$@"; do
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs 12
         ;;
     *)
-        sweep "${SWEEP_S:-300}" "$part" "$part"
+        sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline
         ;;
     esac
 done

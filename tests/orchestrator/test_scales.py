@@ -41,3 +41,9 @@ def test_training_sweeps_have_both(name: str) -> None:
     assert {scale for known, scale in SCALES if known == name} == {"headline", "small"}
     stacks = {str(cell.stack) for cell in cells(name)}
     assert {str(cell.stack) for cell in cells(name, "headline")} <= stacks
+
+
+def test_headlines_are_what_can_be_measured_in_twenty_minutes() -> None:
+    headlines = {name: len(cells(name, scale)) for name, scale in SCALES if scale == "headline"}
+    assert len(headlines) == 10
+    assert sum(headlines.values()) <= 60, headlines
