@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from analysis.break_even import with_break_even
+from analysis.fits import LEGEND as LEGEND_FITS
+from analysis.fits import fits
 from analysis.frames import numbers, records
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
 from analysis.verdicts import verdicts
+from tasks.cell import NO_MODEL
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
@@ -24,11 +28,16 @@ LEGEND_MARKS = (
     "x: throughput relative to the same hardware's own baseline; + faster, - slower, = the same within the margin, "
     "~ indistinguishable, ? no verdict."
 )
+LEGEND_BREAK_EVEN = (
+    "compile s: in the compiler with an empty cache; break-even: calls (when decoding, tokens) after which they are "
+    "won back against the same stack without compile, empty where it saves nothing or was not measured."
+)
 QUALITY = (("kl_divergence", "KL"), ("perplexity", "ppl"), ("accuracy", "accuracy"), ("top1_agreement", "top-1"))
 _NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
     "throughput_per_s_lo", "throughput_per_s_hi", "energy_j_per_unit", "perplexity", "kl_divergence", "accuracy",
-    "top1_agreement", "mbu", "mfu",
+    "top1_agreement", "mbu", "mfu", "graph_breaks", "recompilations", "device_fraction", "offload_bytes_per_token",
+    "request_ms_mean", "kv_cache_bytes", "kv_cache_bytes_per_token", "stop_check_ms", "stop_check_hidden_share",
 )  # fmt: skip
 _COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")
 
@@ -45,17 +54,23 @@ def comparison_table(
     inverse = {"speedup": "ratio", "speedup_lo": "hi", "speedup_hi": "lo"}
     for name, source in inverse.items():
         table[name] = 1 / table[source]
+    table = with_break_even(table, frame)
+    table["fits"] = fits(table)
+    on_cards = bool((table["fits"] != "").any())
     table["notes"] = [_notes(row) for row in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", *_NUMBERS,
-        "throughput_unit", *inverse, *_COMPARED, "is_baseline", "simulated", "notes", *KEY,
+        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
+        *_NUMBERS, "throughput_unit", *inverse, *_COMPARED, "cold_compile_s", "break_even_calls", "is_baseline",
+        "simulated", "notes", *KEY,
     ]  # fmt: skip
     table = table[[name for name in order if name in table]].reset_index(drop=True)
     units = table["throughput_unit"].dropna().unique()
     shared = units[0] if len(units) == 1 else None
+    kernels = bool((table["model"] == NO_MODEL.id).all())  # how near they come to the ceiling is what is asked there
     fields = [
         Field(header="optimization", form="text", sources=("optimization",)),
         Field(header="memory", form="bytes", sources=("memory_bytes",), word="outcome"),
+        *([Field(header="fits", form="text", sources=("fits",))] if on_cards else []),
         Field(header="weights", form="bytes", sources=("model_bytes",), rank=2),
         Field(header="latency ms", form="interval", sources=_interval("latency_ms_p50")),
         Field(header="p95 ms", form="number", sources=("latency_ms_p95",), rank=1),
@@ -65,14 +80,25 @@ def comparison_table(
             sources=("throughput_per_s",),
             unit=None if shared else "throughput_unit",
         ),
+        Field(header="request ms", form="number", sources=("request_ms_mean",), rank=1),
         Field(header="speed-up", form="ratio", sources=("speedup", "speedup_lo", "speedup_hi", "is_baseline")),
         Field(header="verdict", form="verdict", sources=("verdict", "equivalent", "mde", "is_baseline", "speedup")),
         Field(header=f"J/{shared or 'unit'}", form="number", sources=("energy_j_per_unit",)),
         Field(header="ppl", form="number", sources=("perplexity",), rank=1),
         Field(header="KL", form="number", sources=("kl_divergence",)),
         Field(header="accuracy", form="percent", sources=("accuracy",), rank=1),
+        Field(header="on device", form="percent", sources=("device_fraction",)),
+        Field(header="moved", form="bytes", sources=("offload_bytes_per_token",)),
+        Field(header="compile s", form="number", sources=("cold_compile_s",)),
+        Field(header="break-even", form="number", sources=("break_even_calls",)),
+        Field(header="breaks", form="number", sources=("graph_breaks",), rank=6),
+        Field(header="recompiled", form="number", sources=("recompilations",), rank=5),
+        Field(header="KV cache", form="bytes", sources=("kv_cache_bytes",), rank=2),
+        Field(header="KV B/token", form="number", sources=("kv_cache_bytes_per_token",), rank=5),
+        Field(header="stop check ms", form="number", sources=("stop_check_ms",), rank=2),
+        Field(header="hidden", form="percent", sources=("stop_check_hidden_share",), rank=2),
         Field(header="MBU", form="percent", sources=("mbu",), rank=3),
-        Field(header="MFU", form="percent", sources=("mfu",), rank=4),
+        Field(header="MFU", form="percent", sources=("mfu",), rank=0 if kernels else 4),
     ]
     shown = _present(table, fields)
     return Table(
@@ -81,7 +107,11 @@ def comparison_table(
         fields=shown,
         sections=("model", "workload_point", "hardware"),
         notes="notes",
-        footnotes=(LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else (),
+        footnotes=(
+            *((LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else ()),
+            *((LEGEND_BREAK_EVEN,) if any(field.header == "compile s" for field in shown) else ()),
+            *((LEGEND_FITS,) if on_cards else ()),
+        ),
     )
 
 
@@ -188,6 +218,9 @@ def _notes(row: dict[str, Any], flags: bool = True) -> list[str]:
     if flags:
         for flag, count in sorted((row["flags"] or {}).items()):
             notes.append(flag if count == rounds else f"{flag} in {count} of {rounds} rounds")
+    for name, noun in (("graph_breaks", "graph break"), ("recompilations", "recompilation")):
+        if (count := row.get(name) or 0) > 0:
+            notes.append(f"{count:g} {noun}{'s' if count > 1 else ''} before measuring")
     barred = row["barred"] if isinstance(row["barred"], list) else []
     if row["rounds_ok"] and outcome == Outcome.OK:
         if barred:

@@ -48,7 +48,7 @@ def undisturbed(groups):
     return median(quiet), median([sample for group in groups for sample in group])
 
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 
 def events(call, repeats, inner=1):

@@ -105,7 +105,7 @@ class Exclude(_Selection):
     def matches_point(self, point: WorkloadPoint) -> bool:
         if not self.workload:
             return True
-        values: dict[str, Scalar] = {"kind": point.kind, **dict(point.parameters)}
+        values: dict[str, Scalar] = {"kind": point.kind, **workloads()[point.kind].values(point)}
         return all(key in values and values[key] in allowed for key, allowed in self.workload.items())
 
     def matches_model(self, model_id: str) -> bool:
@@ -152,7 +152,7 @@ class Clause:
             case "hardware":
                 text = cell.hardware
             case _:
-                value = cell.workload.get(self.key)
+                value = workloads()[cell.workload.kind].values(cell.workload).get(self.key)
                 if value is None:
                     return False
                 text = scalar_text(value)

@@ -65,13 +65,12 @@ class WorkloadEntry(Strict):
 
     def points(self) -> Iterator[WorkloadPoint]:
         """Every point: the zipped rows outermost, then the product in the order in which the file names the axes."""
-        defaults = workloads()[self.kind].axes
+        workload = workloads()[self.kind]
         rows = list(zip(*self.together.values(), strict=True)) if self.together else [()]
         names = [*self.together, *self.axes]
         for row in rows:
             for values in itertools.product(*self.axes.values()):
-                given = dict(zip(names, (*row, *values), strict=True))
-                yield WorkloadPoint(kind=self.kind, parameters=tuple(sorted({**defaults, **given}.items())))
+                yield workload.point(dict(zip(names, (*row, *values), strict=True)))
 
 
 def known_workload(kind: object, given: bool = True) -> Workload:

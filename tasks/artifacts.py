@@ -67,7 +67,7 @@ class Manifest:
 
     `files` maps relative names to `{"bytes", "sha256"}`. `peak_bytes` is the memory that making it took: reserved on
     the device, or, made without one, the process's resident set. `made_for` names the run that it was made for.
-    `facts` is what the technique's `make` returned.
+    `facts` is what the technique's `make_artifact` returned.
     """
 
     key: str
@@ -216,7 +216,7 @@ def make_wanted(session: Session, maker: str) -> tuple[Artifact, bool]:
     for item in wanted(session.job):
         if item.technique.name == maker:
             chosen = item.technique
-            return make(item.spec, session, lambda folder: known[maker].make(chosen, session, folder))  # noqa: B023
+            return make(item.spec, session, lambda folder: known[maker].make_artifact(chosen, session, folder))  # noqa: B023
         found = find(item.spec, root)
         if found is None:
             raise ArtifactError(f"{maker} starts from the artifact of {item.technique}, which is not in {root}")

@@ -1,17 +1,24 @@
-"""What torch.compile has done so far in this process: seconds, graphs, breaks, cache hits."""
+"""What torch.compile has done so far in this process: seconds, graphs, breaks, recompilations, generated code."""
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """Counts since the process began. `recompile_reasons` are Dynamo's own sentences."""
+    """Counts since the process began. `recompile_reasons` are Dynamo's own sentences, one for each recompilation.
+
+    `dynamic_graphs` were compiled for any shape from the start (`dynamic=True`).
+    """
 
     seconds: float = 0.0
     graphs: int = 0
+    dynamic_graphs: int = 0
     graph_breaks: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
@@ -28,6 +35,7 @@ def compilation() -> Compilation:
     return Compilation(
         seconds=sum((metric.duration_us or 0) / 1e6 for metric in frames),
         graphs=len(frames),
+        dynamic_graphs=sum(_any_shape(metric) for metric in frames),
         graph_breaks=sum(utils.counters["graph_break"].values()),
         cache_hits=inductor["fxgraph_cache_hit"],
         cache_misses=inductor["fxgraph_cache_miss"],
@@ -35,3 +43,17 @@ def compilation() -> Compilation:
             str(metric.recompile_reason) for metric in frames if getattr(metric, "recompile_reason", None)
         ),
     )
+
+
+def _any_shape(metric: Any) -> bool:
+    settings = json.loads(getattr(metric, "dynamo_config", None) or "{}")
+    return settings.get("assume_static_by_default") is False
+
+
+def generated_code() -> dict[str, str]:
+    """File name -> text of what Inductor has generated and this process has loaded: graphs and Triton kernels."""
+    inductor = sys.modules.get("torch._inductor.codecache")
+    if inductor is None:
+        return {}
+    files = {Path(file) for module in inductor.PyCodeCache.modules if (file := getattr(module, "__file__", None))}
+    return {file.stem: file.read_text() for file in files if file.exists()}

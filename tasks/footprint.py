@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ from tasks.cell import Cell, ModelSpec
 from tasks.models.architectures import ARCHITECTURES
 from tasks.models.identity import config_of
 from tasks.registry import optimizations
-from tasks.stacks import precision_of
+from tasks.stacks import freezes_weights, precision_of
 
 _BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -39,7 +40,7 @@ class _Shape:
 
 
 def lower_bound(cell: Cell) -> Footprint:
-    """Weights in the stack's precision or compression, cache for the whole request; training adds AdamW's state."""
+    """Weights in the stack's precision or compression, cache for the whole request; training adds what steps need."""
     shape = _shape(cell.model)
     if shape is None:
         return Footprint(weight_bytes=None, cache_bytes=None)
@@ -50,16 +51,31 @@ def lower_bound(cell: Cell) -> Footprint:
          if known[t.name].family == "compression"),
         per_weight,
     )  # fmt: skip
-    weights = shape.blocks * in_blocks + shape.rest * per_weight
-    if cell.workload.kind == "train_step":
-        # fp32 weights, gradients and two moments, whatever autocast computes in
-        weights = 16.0 * (shape.blocks + shape.rest)
+    resident = math.prod(known[t.name].resident(t) for t in cell.stack.techniques)
+    weights = resident * shape.blocks * in_blocks + shape.rest * per_weight
+    if cell.workload.kind == "train_step" and not freezes_weights(cell):
+        weights = _trained_bytes(cell, shape)
     tokens = cell.workload.get("batch_size", 0) * (
         cell.workload.get("prompt_tokens", cell.workload.get("sequence_length", 0)) + cell.workload.get("new_tokens", 0)
     )
-    held = cell.workload.kind in ("prefill", "decode") and "no-cache" not in cell.stack.names()
-    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight) if held else 0
+    held = 1.0 if cell.workload.kind in ("prefill", "decode") else 0.0
+    for technique in cell.stack.techniques:
+        share = getattr(known[technique.name], "held_share", None)
+        held *= 1.0 if share is None else share(technique, per_weight)
+    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight * held)
     return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
+
+
+def _trained_bytes(cell: Cell, shape: _Shape) -> float:
+    """Weights, gradients and optimizer state: AdamW's two moments, as wide as the weights, or what another keeps.
+
+    Weights are fp32 where a precision is chosen, which autocast computes in.
+    """
+    known = optimizations()
+    each = shape.published_bytes if precision_of(cell) is None else 4.0
+    bits = [getattr(known[technique.name], "footprint_bits", None) for technique in cell.stack.techniques]
+    state = next((number / 8 for number in bits if number is not None), 2 * each)
+    return (2 * each + state) * (shape.blocks + shape.rest)
 
 
 @cache

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Techniques are applied in this order, and a stack is written in it, whatever order the sweep uses. Distillation and
 # pruning make another checkpoint, which precision and compression then load; attention and cache change the model;
-# checkpointing and offload wrap its modules; compile comes after everything that it should see; a decode loop or
-# allocator setting does not touch it.
+# checkpointing and offload wrap its modules; compile comes after everything that it should see, and a captured graph
+# holds what it made; a decode loop or allocator setting does not touch the model.
 FAMILIES: tuple[str, ...] = (
     "precision",
     "distillation",
@@ -38,6 +38,7 @@ FAMILIES: tuple[str, ...] = (
     "offload",
     "allocator",
     "compile",
+    "graphs",
     "decode-loop",
     "control",
 )
@@ -52,12 +53,14 @@ class Needs:
     """Conditions that can be decided at planning time. Empty tuples mean no restriction.
 
     `compute_capability` is the least `(major, minor)` on CUDA. `packages` are distribution names; `extra` is the
-    project's extra that installs them.
+    project's extra that installs them. Some options need `optional_packages`: the technique
+    says which.
     """
 
     devices: tuple[DeviceKind, ...] = ()
     compute_capability: tuple[int, int] | None = None
     packages: tuple[str, ...] = ()
+    optional_packages: tuple[str, ...] = ()
     extra: str | None = None
     workloads: tuple[str, ...] = ()
     model_kinds: tuple[str, ...] = ()
@@ -93,8 +96,9 @@ class Optimization(ABC):
 
     Class attributes: `name` (as in a stack), `family` (one of `FAMILIES`; two of one family exclude each other),
     `summary` (one line for `benchmatrix list`), `needs`, `options` (allowed option names with their defaults; the
-    type of the default is the type of the option), `choices` (allowed values of an option) and `executed` (the cell
-    must run in an executed, not a forked process, since something is read at import).
+    type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
+    must run in an executed, not a forked process, since something is read at import) and `freezes_weights` (training
+    leaves the model's own weights as they are, so that they can be held in half precision or compressed).
     """
 
     name: ClassVar[str]
@@ -104,6 +108,7 @@ class Optimization(ABC):
     options: ClassVar[dict[str, Scalar]] = {}
     choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
     executed: ClassVar[bool] = False
+    freezes_weights: ClassVar[bool] = False
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""
@@ -121,13 +126,17 @@ class Optimization(ABC):
         """What this technique needs made before its cell runs, or None; needs no torch (`tasks.artifacts`)."""
         return None
 
-    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any] | None:
+    def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any] | None:
         """Make the artifact: write its files into `folder`, return facts for its manifest.
 
         Runs in a process of its own, with nothing loaded; `session.load()` loads the model that it starts from.
         Raise `Unsupported` where it cannot be made: that becomes the cells' outcome.
         """
         raise NotImplementedError(f"{self.name} makes no artifact")
+
+    def resident(self, technique: Technique) -> float:
+        """Share of the blocks' weights that stays on the device, for the predicted footprint."""
+        return 1.0
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         """Edit how the model will be loaded."""

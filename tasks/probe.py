@@ -103,7 +103,8 @@ def probe(
 
 def installed_packages() -> dict[str, str]:
     """Versions of the distributions of interest that are installed, under the names that techniques use."""
-    names = {*PACKAGES, *(name for technique in optimizations().values() for name in technique.needs.packages)}
+    needs = [technique.needs for technique in optimizations().values()]
+    names = {*PACKAGES, *(name for need in needs for name in (*need.packages, *need.optional_packages))}
     versions = {name: version(name) for name in sorted(names)}
     return {name: found for name, found in versions.items() if found is not None}
 

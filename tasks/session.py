@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from tasks.models.load import LoadedModel
     from tasks.quality import QualityReading
     from tasks.timing import Timings
+    from tasks.transfers import Transfers
     from tasks.workload import Step, Workload
+    from tasks.workloads._decode_checks import StopCheck
+    from tasks.workloads._decode_steps import StepFactory
+    from tasks.workloads.attention import AttentionShape, Kernel
 
 
 @dataclass(kw_only=True)
@@ -31,10 +35,17 @@ class Settings:
     """What techniques may set, and workloads read. `compile` holds keyword arguments of `torch.compile`."""
 
     compile: dict[str, Any] | None = None
-    cache: str = "dynamic"  # none, dynamic, static
+    token_step: StepFactory | None = None  # how a decode loop gets its next token; None: a cache that grows
+    stop_check: Callable[[], StopCheck] | None = None  # how a decode loop learns of the end; None: it never asks
+    # (restart, advance, generators) -> a replay of `advance`, which reads and writes fixed addresses of the device only
+    capture: Callable[[Callable[[], None], Callable[[], None], list[Any]], Callable[[], None]] | None = None
     autocast: str | None = None  # torch dtype name: training runs under autocast in it
     loss_scaling: bool = False
-    attention: str | None = None  # for kernel workloads: which implementation
+    attention: Callable[[AttentionShape], Kernel] | None = None  # for the attention workload: makes its kernel
+    transfers: Transfers | None = None  # of weights that live elsewhere and are fetched for every use
+    offload: Any = None  # where such weights are, for the technique that put them there
+    optimizer: Callable[[list[Any], float], Any] | None = None  # (parameters, learning rate) -> optimizer, else AdamW
+    micro_batches: int = 1  # training: forward and backward passes per optimizer step
 
 
 @dataclass(kw_only=True)
@@ -104,9 +115,9 @@ class Session:
         return torch.compile(function, **self.settings.compile)
 
     def contexts(self) -> ExitStack:
-        """All techniques' contexts, entered; inference mode too unless the workload trains."""
+        """All techniques' contexts, entered; inference mode too unless the workload has a backward pass."""
         stack = ExitStack()
-        if not self.workload.training:
+        if not self.workload.needs_gradients(self.job.cell.workload):
             import torch
 
             stack.enter_context(torch.inference_mode())

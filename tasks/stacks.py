@@ -94,6 +94,12 @@ def unsupported(cell: Cell, device: DeviceInfo) -> str | None:
     return None
 
 
+def freezes_weights(cell: Cell) -> bool:
+    """Whether training changes none of the model's own weights, but an adapter's."""
+    known = optimizations()
+    return any(known[technique.name].freezes_weights for technique in cell.stack.techniques)
+
+
 def precision_of(cell: Cell) -> str | None:
     """Name of the stack's precision technique, or None when the model keeps its published dtype."""
     known = optimizations()

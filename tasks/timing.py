@@ -39,6 +39,7 @@ class Throughput:
     units: float = 0.0
     seconds: float = 0.0
     calls: int = 0
+    calls_ms: list[float] = field(default_factory=list)  # whole calls, set-up left out, of steps with boundaries
 
     @property
     def per_s(self) -> float | None:
@@ -191,20 +192,24 @@ class Passes:
         """One chunk of whole calls; returns the units that its energy is shared among."""
         step, result = self.step, self.timings.throughput
         boundaries = step.boundaries
-        seconds = 0.0
+        seconds = call_s = 0.0
         self.session.synchronize()
         opened = time.perf_counter()
 
         def mark(label: str) -> None:
-            nonlocal opened, seconds
+            nonlocal opened, seconds, call_s
             if label in boundaries:
                 self.session.synchronize()
                 now = time.perf_counter()
                 seconds += now - opened if boundaries[label] else 0.0
+                call_s += now - opened if label != SETUP else 0.0
                 opened = now
 
         for _ in range(self._chunk_calls):
+            call_s = 0.0
             step.run(self._next(), mark)
+            if boundaries:
+                result.calls_ms.append(1e3 * call_s)
         if not boundaries:
             self.session.synchronize()
             seconds += time.perf_counter() - opened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.cell import Cell, Scalar, WorkloadPoint
 from tasks.device import DeviceInfo
@@ -32,6 +32,7 @@ class Step(ABC):
     boundaries: Mapping[str, bool]  # label -> whether the time since the boundary before counts as primary
     unit: str  # "token", "image", "step": what throughput and energy count
     units_per_call: int  # units done by the primary segments of one call
+    steps_per_call: int = 1  # primary segments of one call
     energy_units_per_call: int | None = None  # units behind the energy of a whole call, if not units_per_call
     waiting_bytes: int = 0  # of input sets that only wait for their turn: no workload would hold them
 
@@ -52,20 +53,36 @@ class Workload(ABC):
     """One workload. A subclass in `tasks/workloads/` is discovered; nothing else has to be edited.
 
     `axes` names every parameter with its default; the default's type is the parameter's type, integers must be
-    positive, strings must be one of `choices`. `needs_model` is False for kernels.
+    positive, strings must be one of `choices`. `needs_model` is False for kernels. `modifiers` are axes that stay out
+    of a point at their default, as default options stay out of a stack: a new one leaves earlier points what they were.
     """
 
     kind: ClassVar[str]
     summary: ClassVar[str]
     axes: ClassVar[dict[str, Scalar]]
     choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
+    modifiers: ClassVar[tuple[str, ...]] = ()
     model_kinds: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = True
     training: ClassVar[bool] = False
 
+    def point(self, given: Mapping[str, Scalar]) -> WorkloadPoint:
+        """The point with these values of its axes, defaults filled in."""
+        values = {**self.axes, **given}
+        kept = {k: v for k, v in values.items() if k not in self.modifiers or v != self.axes[k]}
+        return WorkloadPoint(kind=self.kind, parameters=tuple(sorted(kept.items())))
+
+    def values(self, point: WorkloadPoint) -> dict[str, Any]:
+        """Every axis with its value at the point."""
+        return {**self.axes, **dict(point.parameters)}
+
     def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
         """The identity columns `batch_size`, `sequence_length`, `new_tokens` of a point, None where meaningless."""
         return {key: point.get(key) for key in ("batch_size", "sequence_length", "new_tokens")}
+
+    def needs_gradients(self, point: WorkloadPoint) -> bool:
+        """Whether a call at this point has a backward pass, so that it cannot run in inference mode."""
+        return self.training
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this workload cannot run this cell's model on `device`, or None."""

@@ -46,7 +46,9 @@ TINY_RESNET = {
 }
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
-PACKAGES = {name: found for name in ("torch", "transformers", "bitsandbytes", "accelerate") if (found := version(name))}
+PACKAGES = {
+    name: found for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft") if (found := version(name))
+}
 INSTANT = "instant"  # a profile for passes inside the test process
 
 
@@ -88,7 +90,7 @@ class Bench:
         for name, default in workloads()[kind].axes.items():
             axes[name] = min(default, 32) if type(default) is int else default
             axes[name] = 2 if name == "batch_size" else axes[name]
-        return WorkloadPoint(kind=kind, parameters=tuple(sorted({**axes, **changes}.items())))
+        return workloads()[kind].point({**axes, **changes})
 
     def cell(self, kind: str = "prefill", stack: str = "baseline", model: ModelSpec | None = None, **axes: Any) -> Cell:
         workload = workloads()[kind]
@@ -134,7 +136,7 @@ class Bench:
             technique.apply(item, session)
         session.step = session.workload.prepare(session)
         with ExitStack() as contexts:
-            if not session.workload.training:
+            if not session.workload.needs_gradients(job.cell.workload):
                 contexts.enter_context(torch.inference_mode())
             for technique, item in chosen:
                 contexts.enter_context(technique.context(item, session))

@@ -16,7 +16,7 @@ from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
 from tasks.models.identity import checkpoint_hash
-from tasks.stacks import precision_of
+from tasks.stacks import freezes_weights, precision_of
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -60,9 +60,7 @@ def seconds_per_segment(session: Session) -> float | None:
     timings, step = session.timings, session.step
     if timings is None or step is None or timings.throughput.seconds <= 0:
         return None
-    point = session.job.cell.workload
-    segments = point["new_tokens"] - 1 if point.kind == "decode" else 1
-    return timings.throughput.seconds / (timings.throughput.calls * segments)
+    return timings.throughput.seconds / (timings.throughput.calls * step.steps_per_call)
 
 
 def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> float | Missing:
@@ -114,7 +112,8 @@ def _flops(session: Session) -> float | Missing:
     what = {"model": cell.model.identity(), "content": content, "transformers": transformers.__version__}
     # a pruned or distilled model is another one, whose arithmetic is its own
     made = [artifact.spec.key for artifact in session.artifacts.values() if artifact.spec.checkpoint]
-    key = digest({**what, "workload": str(cell.workload), "convention": 2} | ({"artifacts": made} if made else {}))
+    apart = ({"artifacts": made} if made else {}) | ({"frozen": True} if freezes_weights(cell) else {})
+    key = digest({**what, **apart, "workload": str(cell.workload), "convention": 2})
     kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
     if session.job.artifact_dir and kept.exists():
         return float(json.loads(kept.read_text()))
@@ -131,7 +130,10 @@ def count_flops(session: Session) -> float | Missing:
     """FLOPs of one primary segment of the reference, on the meta device."""
     point = session.job.cell.workload
     if point.kind == "attention":
-        return float(4 * point["batch_size"] * point["heads"] * point["sequence_length"] ** 2 * point["head_size"])
+        # two products forward; their backward pass is four, and a fused kernel's recomputation is no work of the model
+        products = 2 if point["direction"] == "forward" else 6
+        scores = point["batch_size"] * point["heads"] * point["sequence_length"] ** 2
+        return float(2 * products * scores * point["head_size"])
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,6 +162,10 @@ def count_flops(session: Session) -> float | Missing:
         if point.kind == "prefill":
             return _language_flops(model, point["batch_size"], point["sequence_length"], logits=1)
         if point.kind == "train_step":
+            if freezes_weights(session.job.cell):
+                # gradients of frozen weights are not computed; those of what lies between adapters are
+                model.requires_grad_(False)
+                model.get_input_embeddings().register_forward_hook(_requires_gradient)
             with counter:
                 _loss(model, point).backward()
             return float(counter.get_total_flops())
@@ -202,6 +208,10 @@ def _attention_row(model: Any, longer: float, shorter: float, batch: int, length
     quadratic = (longer - n * (longer - shorter)) / (n**2 - n * (2 * n - 1))
     linear = (longer - quadratic * n**2) / n
     return linear + quadratic * n
+
+
+def _requires_gradient(_module: Any, _inputs: Any, output: Any) -> None:
+    output.requires_grad_()
 
 
 def _loss(model: Any, point: Any) -> Any:

@@ -61,7 +61,8 @@ def stored_bytes(model: Any) -> int:
                     visit(getattr(value, name))
                 return
             storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            # weights that live elsewhere are on the meta device, where every storage has the address 0
+            seen[id(value) if value.is_meta else storage.data_ptr()] = storage.nbytes()
             visit(getattr(value, "quant_state", None))  # bitsandbytes 4-bit: scales and their own state
             for name in ("SCB", "CB"):  # bitsandbytes 8-bit: row scales; CB is the weight itself or None
                 visit(getattr(value, name, None))

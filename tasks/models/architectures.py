@@ -80,6 +80,36 @@ ARCHITECTURES: dict[str, Architecture] = {
         dtype="float32",
         config={"num_labels": 1000},
     ),
+    # Small enough for two CPU cores, with what a residual network has: convolutions, batch norms, a head.
+    "resnet-tiny": Architecture(
+        kind="vision",
+        model_type="resnet",
+        dtype="float32",
+        config={
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64],
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "num_labels": 10,
+        },
+    ),
+    # GPT-2's twelve blocks for sequences of 2048 over bytes: without a large vocabulary, whose logits would hide what
+    # the blocks need.
+    "transformer-12x768": Architecture(
+        kind="language",
+        model_type="gpt2",
+        dtype="float32",
+        config={
+            "n_positions": 2048,
+            "vocab_size": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "activation_function": "gelu",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
 }
 
 

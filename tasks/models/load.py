@@ -153,7 +153,7 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     config = AutoConfig.from_pretrained(where, **common)
     keywords: dict[str, Any] = {**common, **options.keyword_arguments, "use_safetensors": True}
     keywords["dtype"] = torch_dtype(options.dtype) if options.dtype else "auto"
-    keywords["device_map"] = {"": str(device)}
+    keywords.setdefault("device_map", {"": str(device)})
     if options.attention:
         keywords["attn_implementation"] = options.attention
     if options.quantization is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.models.identity import model_type
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization
+from tasks.stacks import freezes_weights
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,11 @@ class BitsAndBytes(Optimization):
     """`layer` is the class that must have replaced the linear layers inside the blocks; the head stays as it is."""
 
     family = "compression"
-    needs = Needs(packages=("bitsandbytes", "accelerate"), model_kinds=("language",), workloads=("prefill", "decode"))
+    needs = Needs(
+        packages=("bitsandbytes", "accelerate"),
+        model_kinds=("language",),
+        workloads=("prefill", "decode", "train_step"),
+    )
     layer: ClassVar[str]
     storage: ClassVar[tuple[str, ...]]
     bits: ClassVar[float]
@@ -37,6 +42,8 @@ class BitsAndBytes(Optimization):
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         if cell.model.source == "random" and model_type(cell.model) == "gpt2":
             return f"{self.name} replaces linear layers, {cell.model.id} has Conv1D layers in their place"
+        if cell.workload.kind == "train_step" and not freezes_weights(cell):
+            return f"{self.name} stores weights that cannot be trained: add an adapter, as in {self.name}+lora"
         return super().unsupported(cell, device)
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
@@ -59,9 +66,11 @@ class BitsAndBytes(Optimization):
         stored: Counter[str] = Counter()
         elements = stored_bytes = 0
         for name, module in session.model.named_modules():
+            if session.workload.training and any(p.requires_grad for p in module.parameters(recurse=False)):
+                continue  # an adapter's
             if module.__class__.__module__.startswith("torch.nn") and hasattr(module, "in_features"):
                 kinds["Linear" if "lm_head" not in name else "head"] += 1
-            elif type(module).__name__ == self.layer:
+            elif type(module).__name__ == self.layer and type(module).__module__.startswith("bitsandbytes"):
                 kinds[self.layer] += 1
                 stored[str(module.weight.dtype).removeprefix("torch.")] += 1
                 elements += module.in_features * module.out_features

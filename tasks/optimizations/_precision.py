@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.optimization import Evidence, LoadOptions, Optimization
+from tasks.stacks import freezes_weights
 
 if TYPE_CHECKING:
     from tasks.cell import Technique
@@ -13,14 +14,15 @@ if TYPE_CHECKING:
 
 
 class Precision(Optimization):
-    """`dtype` of the weights in inference; in training the weights stay fp32 and autocast uses `dtype`."""
+    """`dtype` of the weights in inference; in training autocast uses it, and weights that are trained stay fp32."""
 
     family = "precision"
     dtype: ClassVar[str]
     tf32: ClassVar[bool] = False
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
-        options.dtype = "float32" if session.workload.training else self.dtype
+        trained = session.workload.training and not freezes_weights(session.job.cell)
+        options.dtype = "float32" if trained else self.dtype
 
     def apply(self, technique: Technique, session: Session) -> None:
         set_tf32(self.tf32)
@@ -34,7 +36,8 @@ class Precision(Optimization):
             return Evidence(ok=seen == {self.dtype}, facts={"output_dtypes": sorted(seen)})
         if session.settings.autocast:
             seen = autocast_dtypes(session)
-            return Evidence(ok=self.dtype in seen, facts={"autocast_output_dtypes": sorted(seen)})
+            scaled, scaling = loss_scaling(session) if self.dtype == "float16" else (True, {})
+            return Evidence(ok=self.dtype in seen and scaled, facts={"autocast_output_dtypes": sorted(seen), **scaling})
         stored = weight_dtypes(session.model)
         facts: dict[str, Any] = {"weight_elements": dict(stored)}
         # compressed weights are integers; whatever still is floating-point must be of this precision, scales aside
@@ -90,6 +93,20 @@ def autocast_dtypes(session: Session) -> set[str]:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def loss_scaling(session: Session) -> tuple[bool, dict[str, Any]]:
+    """Whether one gradient scaler lives through the steps, and its scale: it must remember the step before.
+
+    A scaler that has just been made is the same after every step; one that lives counts good steps or halves its scale.
+    """
+    step: Any = session.step
+    states = []
+    for _ in range(2):
+        step.run_short()
+        states.append(None if step.scaler is None else dict(step.scaler.state_dict()))
+    facts = {"loss_scale": (states[-1] or {}).get("scale"), "scaler_remembers": states[0] != states[1]}
+    return bool(states[-1]) and states[0] != states[1], facts
 
 
 def fp32_product_error(session: Session) -> float:

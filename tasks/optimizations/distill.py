@@ -68,7 +68,7 @@ class Distill(Optimization):
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
         return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
 
-    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+    def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         import torch
 
         from tasks.models.finetune import finetune, save_checkpoint
@@ -82,7 +82,9 @@ class Distill(Optimization):
         loaded = session.load(LoadOptions(checkpoint=checkpoint, dtype=teacher_dtype))
         teacher = loaded.model.requires_grad_(False)
         steps, seconds = int(_number(technique, "steps")), _number(technique, "seconds")
-        count = min(steps * BATCH, WINDOWS_AT_MOST) if not seconds else WINDOWS_AT_MOST // 4
+        # with a budget in seconds: more than will be seen, but reading text is slow beside few steps
+        count = WINDOWS_AT_MOST if session.on_cuda else WINDOWS_AT_MOST // 16
+        count = count if seconds else min(steps * BATCH, WINDOWS_AT_MOST)
         ids = calibration_windows(session, str(option(technique, "text")), count, LENGTH)
         # neighbouring batches are not neighbouring text
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(session.job.seed))]

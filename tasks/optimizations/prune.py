@@ -61,7 +61,7 @@ class Prune(Optimization):
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
         return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
 
-    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+    def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         from tasks.metrics.parameters import count_parameters
         from tasks.models.finetune import finetune, next_token_loss, save_checkpoint
 

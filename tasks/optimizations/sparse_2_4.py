@@ -56,7 +56,7 @@ class Sparse24(Optimization):
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
         return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
 
-    def make(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+    def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
 
         from tasks.models.finetune import save_checkpoint
 

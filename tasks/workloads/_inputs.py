@@ -66,3 +66,24 @@ def waiting_bytes(sets: list[Any]) -> int:
         return sum(map(size, item)) if isinstance(item, tuple | list) else 0
 
     return sum(map(size, sets[1:]))
+
+
+def split(batch: Any, parts: int, size: int) -> list[Any]:
+    """`batch` as `parts` equal micro-batches: views along the first dimension, which must have `size` entries.
+
+    A batch is a tensor, or a tuple, list or mapping of batches. Raises `ValueError` for what cannot be divided.
+    """
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        if batch.ndim == 0 or batch.shape[0] != size:
+            raise ValueError(
+                f"a batch of {size} cannot be split: one of its tensors has the shape {tuple(batch.shape)}"
+            )
+        return list(batch.chunk(parts))
+    if isinstance(batch, tuple | list):
+        return [type(batch)(items) for items in zip(*(split(item, parts, size) for item in batch), strict=True)]
+    if isinstance(batch, dict):
+        columns = {key: split(item, parts, size) for key, item in batch.items()}
+        return [{key: column[number] for key, column in columns.items()} for number in range(parts)]
+    raise ValueError(f"a batch of {size} cannot be split: it holds {type(batch).__name__}")

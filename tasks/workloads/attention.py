@@ -1,9 +1,13 @@
-"""Scaled dot-product attention as a kernel, without a model: written out, or through one of PyTorch's backends."""
+"""Scaled dot-product attention as a kernel, without a model, forward or with its backward pass.
+
+An attention technique supplies the kernel through `Settings.attention`; without one it is whatever
+`scaled_dot_product_attention` chooses.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import WorkloadPoint
@@ -15,17 +19,41 @@ if TYPE_CHECKING:
 
     from tasks.session import Session
 
+    # from queries, keys and values to the output, each of shape (batch, heads, sequence, head_size)
+    Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 SETS = 4
+FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What a kernel may prepare for before it is timed: a mask is the same for every call."""
+
+    sequence_length: int
+    causal: bool
+    device: torch.device
 
 
 class Attention(Workload):
     kind = "attention"
     summary = "scaled dot-product attention alone: batch 4, 12 heads of 64, as in the source article"
-    axes = {"batch_size": 4, "heads": 12, "head_size": 64, "sequence_length": 2048, "causal": False}
+    axes = {
+        "batch_size": 4,
+        "heads": 12,
+        "head_size": 64,
+        "sequence_length": 2048,
+        "causal": False,
+        "direction": FORWARD,
+    }
+    choices = {"direction": (FORWARD, FORWARD_BACKWARD)}
     needs_model = False
 
     def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
         return {**super().columns(point), "new_tokens": None}
+
+    def needs_gradients(self, point: WorkloadPoint) -> bool:
+        return bool(point["direction"] == FORWARD_BACKWARD)
 
     def prepare(self, session: Session) -> Step:
         import torch
@@ -34,49 +62,54 @@ class Attention(Workload):
         dtype = getattr(torch, session.load_options.dtype or "float32")
         generator = torch.Generator(session.device).manual_seed(session.job.seed)
         shape = (point["batch_size"], point["heads"], point["sequence_length"], point["head_size"])
-        inputs = [
-            tuple(torch.randn(shape, generator=generator, device=session.device).to(dtype) for _ in range(3))
-            for _ in range(SETS)
-        ]
-        causal = bool(point["causal"])
-        implementation = written_out if session.settings.attention == "eager" else _fused
-        return AttentionStep(session.compiled(lambda q, k, v: implementation(q, k, v, causal)), inputs)
+        backward = self.needs_gradients(point)
+
+        def drawn() -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=session.device).to(dtype)
+
+        # queries, keys, values, and for the backward pass the gradient of the output
+        inputs = [tuple(drawn().requires_grad_(backward) for _ in range(3)) for _ in range(SETS)]
+        gradients = [drawn() for _ in range(SETS)] if backward else None
+        make = session.settings.attention or fused
+        kernel = make(AttentionShape(sequence_length=shape[2], causal=bool(point["causal"]), device=session.device))
+        return AttentionStep(session.compiled(kernel), inputs, gradients)
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """softmax(QK^T / sqrt(d)) V with the scores in memory; shapes (batch, heads, sequence, head_size)."""
+def fused(shape: AttentionShape) -> Kernel:
+    """PyTorch's `scaled_dot_product_attention`, with whichever backend is allowed."""
     import torch
 
-    scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
-    if causal:
-        length = q.shape[-2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(mask, float("-inf"))
-    return torch.matmul(torch.softmax(scores, dim=-1), v)
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
 
-
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    import torch
-
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return kernel
 
 
 class AttentionStep(Step):
+    """One call is a forward pass, with `gradients` (of the outputs, one for each set of inputs) a backward one too."""
+
     primary = "call"
     boundaries: Mapping[str, bool] = {}
     unit = "token"
 
-    def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
-        self._function, self._inputs = function, inputs
+    def __init__(self, function: Kernel, inputs: list[Any], gradients: list[torch.Tensor] | None = None) -> None:
+        self._function, self._inputs, self._gradients = function, inputs, gradients
         batch, _, length, _ = inputs[0][0].shape
-        self.waiting_bytes = waiting_bytes(inputs)
+        self.waiting_bytes = waiting_bytes(inputs) + waiting_bytes(gradients or [])
         self.units_per_call = batch * length
         self.output: Any = None
+        self.gradients: tuple[torch.Tensor, ...] = ()  # of queries, keys and values
 
     def run(self, index: int, mark: Mark) -> None:
-        # released before the next one is made, as a layer of a model would
-        self.output = None
-        self.output = self._function(*self._inputs[index % len(self._inputs)])
+        # released before the next ones are made, as a layer of a model would
+        self.output, self.gradients = None, ()
+        number = index % len(self._inputs)
+        output = self._function(*self._inputs[number])
+        if self._gradients is not None:
+            import torch
+
+            self.gradients = torch.autograd.grad(output, self._inputs[number], self._gradients[number])
+        self.output = output.detach()
         mark("call")
 
     def problems(self) -> list[str]:
@@ -85,4 +118,7 @@ class AttentionStep(Step):
 
         if self.output.shape != self._inputs[0][0].shape:
             return ["wrong_output_shape"]
-        return [] if bool(torch.isfinite(self.output).all()) else ["output_not_finite"]
+        if self._gradients is not None and [g.shape for g in self.gradients] != [self.output.shape] * 3:
+            return ["wrong_gradient_shape"]
+        found = [] if bool(torch.isfinite(self.output).all()) else ["output_not_finite"]
+        return found + ([] if all(bool(torch.isfinite(g).all()) for g in self.gradients) else ["gradient_not_finite"])

@@ -1,14 +1,25 @@
-"""Greedy generation of a fixed number of tokens: bandwidth-bound, weights and cache are read once per token."""
+"""Generation of tokens after a prompt, one at a time: bandwidth-bound, weights and cache are read for every token.
+
+Without a stop condition every sequence gets `new_tokens`. With `stop: eos` the sequences of a batch end at different
+lengths, from `shortest` to `longest` as shares of `new_tokens`, with a stop token that is looked for on the device;
+finished ones are padded, and only real tokens count as units. Whether the loop looks, and how, is the stack's
+`decode-loop`: the plain loop never looks and runs to the limit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Cell, WorkloadPoint
 from tasks.device import DeviceInfo
 from tasks.workload import END, SETUP, Mark, Step, Workload
-from tasks.workloads._inputs import token_batches
+from tasks.workloads._decode_cache import growing_cache, stored_bytes
+from tasks.workloads._decode_checks import NoCheck, StopCheck
+from tasks.workloads._decode_ledger import Ledger, stop_lengths, stop_token
+from tasks.workloads._decode_steps import Chooser, Sampler, TokenStep
+from tasks.workloads._inputs import token_batches, vocabulary
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -19,8 +30,19 @@ SHORT_TOKENS = 3
 
 class Decode(Workload):
     kind = "decode"
-    summary = "greedy generation of new_tokens after a prompt; time to first token and per token apart"
-    axes = {"batch_size": 1, "prompt_tokens": 512, "new_tokens": 128}
+    summary = "generation of new_tokens after a prompt; time to first token and per token apart"
+    axes = {
+        "batch_size": 1,
+        "prompt_tokens": 512,
+        "new_tokens": 128,
+        "sampling": "greedy",
+        "temperature": 1.0,
+        "stop": "none",
+        "shortest": 0.5,
+        "longest": 0.9,
+    }
+    choices = {"sampling": ("greedy", "multinomial"), "stop": ("none", "eos")}
+    modifiers = ("sampling", "temperature", "stop", "shortest", "longest")
     model_kinds = ("language",)
 
     def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
@@ -31,35 +53,119 @@ class Decode(Workload):
         }
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
-        if cell.workload["new_tokens"] < 2:
+        point = self.values(cell.workload)
+        if point["new_tokens"] < 2:
             return "decode needs at least 2 new tokens: the first one belongs to the prompt"
+        if not 0 < point["shortest"] <= point["longest"] <= 1:
+            return "decode needs 0 < shortest <= longest <= 1: they are shares of new_tokens"
+        if point["temperature"] <= 0:
+            return "decode needs a temperature above 0; sampling: greedy is the limit of 0"
         return super().unsupported(cell, device)
 
     def prepare(self, session: Session) -> Step:
-        point = session.job.cell.workload
-        prompts = token_batches(session, point["batch_size"], point["prompt_tokens"])
-        loop = NoCacheLoop if session.settings.cache == "none" else CachedLoop
-        return loop(session, prompts, point["new_tokens"])
+        point = self.values(session.job.cell.workload)
+        return DecodeStep(session, point, token_batches(session, point["batch_size"], point["prompt_tokens"]))
 
 
-class _Loop(Step):
+class DecodeStep(Step):
     """One call is one request. Segments: `setup` (cache reset), `first_token`, then `token` for each further one."""
 
     primary = "token"
     boundaries: Mapping[str, bool] = {SETUP: False, "first_token": False, END: True}
     unit = "token"
 
-    def __init__(self, session: Session, prompts: list[Any], new_tokens: int) -> None:
-        import torch
+    def __init__(self, session: Session, point: dict[str, Any], prompts: list[Any]) -> None:
+        settings = session.settings
+        batch, self.prompt_tokens = prompts[0].shape
+        self._session, self._prompts, self._new = session, prompts, point["new_tokens"]
+        self.check: StopCheck = settings.stop_check() if settings.stop_check else NoCheck()
+        self._scheduled = point["stop"] == "eos"
+        self.ledger = self._make_ledger(batch, point)
+        banned = self.ledger.stop if self._scheduled else None
+        self.choose = (
+            Chooser(banned)
+            if point["sampling"] == "greedy"
+            else Sampler(session, batch, point["temperature"], banned=banned)
+        )
+        factory = settings.token_step or growing_cache
+        self.source: TokenStep = factory(session, self.choose, self.prompt_tokens + self._new)
+        self._captured: Callable[[], None] | None = None
+        self._uncaptured = False
+        self._index = 0
+        self.steps = 0  # of the last request, after its first token
+        real = sum(self.ledger.lengths[0])
+        self.units_per_call = real - batch
+        self.energy_units_per_call = real  # a request's energy holds its prompt and its first token
+        self.steps_per_call = self._steps_of(self.check)
 
-        self._session, self._model = session, session.model
-        self._prompts, self._new = prompts, new_tokens
-        batch, length = prompts[0].shape
-        self.prompt_tokens = length
-        self.units_per_call = batch * (new_tokens - 1)
-        self.energy_units_per_call = batch * new_tokens  # a request's energy holds its prompt and its first token
-        self.tokens = torch.full((batch, new_tokens), -1, dtype=torch.long, device=session.device)
-        self._last_index = 0
+    def _make_ledger(self, batch: int, point: dict[str, Any]) -> Ledger:
+        session = self._session
+        assert session.loaded is not None
+        shared: dict[str, Any] = {"watched": self._scheduled or self.check.watches}
+        shared["flags"] = self.check.flags(session, self._new)
+        if self._scheduled:
+            shared["stop"] = stop_token(session.loaded.config, vocabulary(session.loaded.config))
+            shared["lengths"] = stop_lengths(
+                batch, self._new, point["shortest"], point["longest"], sets=len(self._prompts), seed=session.job.seed
+            )
+        return Ledger(session.device, batch, self._new, **shared)
+
+    @property
+    def tokens(self) -> Any:
+        """Tokens of the last request as generated, shape (batch, new_tokens)."""
+        return self.ledger.tokens
+
+    @property
+    def cache(self) -> Any:
+        return self.source.cache
+
+    def run(self, index: int, mark: Mark) -> None:
+        self._index = index % len(self._prompts)
+        advance = self._advance_or_replay()
+        self._begin()
+        mark(SETUP)
+        self._first()
+        over, column = self.check.issued(0), 0
+        mark("first_token")
+        while not over and column < self._new - 1:
+            column += 1
+            advance()
+            over = self.check.issued(column)
+            mark("token")
+        self.steps = column
+        mark(END)
+
+    def _begin(self) -> None:
+        self.source.begin()
+        self.choose.begin(self._index)
+        self.ledger.begin(self._index)
+        self.check.begin(self.ledger)
+
+    def _first(self) -> None:
+        self.choose.draw()
+        self.ledger.accept(self.source.first(self._prompts[self._index]))
+
+    def _advance(self) -> None:
+        """One further token for every sequence, without a word from the host: all it reads and writes is on the device.
+
+        Calls inside it must not depend on the column, so that a graph of one step is a graph of every step.
+        """
+        self.choose.draw()
+        self.ledger.accept(self.source.next(self.ledger.input))
+
+    def _advance_or_replay(self) -> Callable[[], None]:
+        capture = self._session.settings.capture
+        if capture is None or self._uncaptured or _listened_to():
+            return self._advance
+        if self._captured is None:
+            generators = [] if self.choose.generator is None else [self.choose.generator]
+            self._captured = capture(self._restart, self._advance, generators)
+        return self._captured
+
+    def _restart(self) -> None:
+        """The state in which one further token can be asked for."""
+        self._begin()
+        self._first()
 
     def run_short(self) -> None:
         whole, self._new = self._new, min(self._new, SHORT_TOKENS)
@@ -68,94 +174,55 @@ class _Loop(Step):
         finally:
             self._new = whole
 
+    @contextmanager
+    def checking(self, check: StopCheck, limit: int | None = None) -> Iterator[None]:
+        """Requests with another check, or with a limit of tokens; the flags stay those of the stack's own check."""
+        before = self.check, self._new
+        self.check, self._new = check, limit or self._new
+        try:
+            yield
+        finally:
+            self.check, self._new = before
+
+    def _steps_of(self, check: StopCheck) -> int:
+        last = check.last_column(self.ledger.longest - 1) if self._scheduled else self._new - 1
+        return int(min(self._new - 1, last))
+
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Requests whose steps are launched one kernel at a time, also where a graph of them exists."""
+        self._uncaptured = True
+        try:
+            yield
+        finally:
+            self._uncaptured = False
+
+    def same_tokens(self, otherwise: AbstractContextManager[None]) -> bool:
+        """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
+        self.run(0, _ignore)
+        ours = self.ledger.result()
+        with otherwise:
+            self.run(0, _ignore)
+        return bool(ours.equal(self.ledger.result()))
+
     def problems(self) -> list[str]:
-        """Every position of the last request must hold a token that the loop has written."""
-        return ["wrong_token_count"] if bool((self.tokens < 0).any()) else []
-
-
-class CachedLoop(_Loop):
-    """Prompt eagerly through the model, then one token at a time through the (possibly compiled) step.
-
-    As in transformers' own `generate`, only the one-token step is compiled: its shape never changes.
-    """
-
-    def __init__(self, session: Session, prompts: list[Any], new_tokens: int) -> None:
-        import torch
-
-        super().__init__(session, prompts, new_tokens)
-        self.cache: Any = None
-        self._input = torch.zeros((prompts[0].shape[0], 1), dtype=torch.long, device=session.device)
-        self._step = session.compiled(self._one_token)
-        self._marks_step = session.settings.compile is not None and session.on_cuda
-
-    def _one_token(self, ids: Any, cache: Any) -> Any:
-        return (
-            self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
-        )
-
-    def run(self, index: int, mark: Mark) -> None:
-        import torch
-
-        self._prepare_cache()
-        self.tokens.fill_(-1)
-        mark(SETUP)
-        token = self._one_token(self._prompts[index % len(self._prompts)], self.cache)
-        self._input.copy_(token.unsqueeze(1))
-        self.tokens[:, 0] = token
-        mark("first_token")
-        for position in range(1, self._new):
-            if self._marks_step:
-                # CUDA graphs may reuse the last step's output: it has been copied, so that is fine
-                torch.compiler.cudagraph_mark_step_begin()
-            token = self._step(self._input, self.cache)
-            self._input.copy_(token.unsqueeze(1))
-            self.tokens[:, position] = token
-            mark("token")
-        mark(END)
-
-    def _prepare_cache(self) -> None:
-        from transformers import DynamicCache, StaticCache
-
-        if self._session.settings.cache == "dynamic":
-            self.cache = DynamicCache(config=self._model.config)
-        elif self.cache is None:
-            self.cache = StaticCache(config=self._model.config, max_cache_len=self.prompt_tokens + self._new)
-        else:
-            self.cache.reset()
+        """Every real position of the last request must hold a token, stops must be where they belong."""
+        found = self.ledger.problems(self._index)
+        if self._scheduled and self.steps != self.steps_per_call:
+            found.append("stop_missed" if self.steps > self.steps_per_call else "stopped_early")
+        return found
 
     def cache_bytes(self) -> int:
-        """Bytes of keys and values as allocated now."""
-        tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        """Bytes of keys and values as stored now, wherever they lie."""
+        return sum(stored_bytes(self.cache).values())
 
 
-class NoCacheLoop(_Loop):
-    """Runs the whole sequence again for every token: what the KV cache is measured against."""
+def _listened_to() -> bool:
+    """Whether somebody listens to every operator: nothing is heard from inside a graph."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-    def __init__(self, session: Session, prompts: list[Any], new_tokens: int) -> None:
-        super().__init__(session, prompts, new_tokens)
-        model = self._model
+    return _get_current_dispatch_mode() is not None
 
-        def whole(ids: Any) -> Any:
-            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
 
-        self._step: Callable[[Any], Any] = session.compiled(whole)
-        self.longest = 0
-        self.cache = None
-
-    def run(self, index: int, mark: Mark) -> None:
-        import torch
-
-        self.tokens.fill_(-1)
-        sequence = self._prompts[index % len(self._prompts)]
-        mark(SETUP)
-        for position in range(self._new):
-            token = self._step(sequence)
-            self.tokens[:, position] = token
-            sequence = torch.cat([sequence, token.unsqueeze(1)], dim=1)
-            mark("token" if position else "first_token")
-        self.longest = sequence.shape[1] - 1
-        mark(END)
-
-    def cache_bytes(self) -> int:
-        return 0
+def _ignore(_label: str) -> None:
+    return

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tasks.cell import ModelSpec
-from tasks.registry import workloads
+from tasks.registry import optimizations, workloads
 from tasks.row import IDENTITY
+from tasks.stacks import parse_stack, unsupported
 from tasks.workload import END, SETUP
+
+# Inductor imports torch's own TorchScript helpers, which warn since Python 3.11 has a newer way.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 KINDS = sorted(workloads())
 UNITS = {"token", "image", "sample", "step"}
@@ -38,6 +45,20 @@ class TestDeclaration:
                 assert default > 0, "integers of axes must be positive"
             if name in workload.choices:
                 assert default in workload.choices[name]
+        assert set(workload.modifiers) <= set(workload.axes) - {"batch_size"}
+
+    def test_defaults_of_modifiers_stay_out_of_the_point(self, kind: str) -> None:
+        workload = workloads()[kind]
+        plain = workload.point({})
+        assert dict(plain.parameters).keys() == set(workload.axes) - set(workload.modifiers)
+        assert workload.point(dict(workload.axes)) == plain
+        assert workload.values(plain) == workload.axes
+        for name in workload.modifiers:
+            other = next((c for c in workload.choices.get(name, ()) if c != workload.axes[name]), None)
+            changed = workload.axes[name] / 2 if other is None else other  # type: ignore[operator]
+            point = workload.point({name: changed})
+            assert point[name] == workload.values(point)[name] == changed
+            assert point != plain
 
     def test_columns(self, bench: Any, kind: str) -> None:
         columns = workloads()[kind].columns(bench.point(kind))
@@ -284,8 +305,105 @@ class TestAttentionKernel:
     @pytest.mark.parametrize("causal", [False, True])
     def test_written_out_is_the_fused_result(self, bench: Any, causal: bool) -> None:
         outputs = []
-        for stack in ("eager", "sdpa-flash", "sdpa-math"):
+        for stack in ("eager", "sdpa-flash", "sdpa-math", *(["flex"] if causal else [])):  # it compiles for seconds
             with bench.live(bench.job(bench.cell("attention", stack, causal=causal))) as session:
                 outputs.append(session.step.output.clone())
-        assert outputs[0].allclose(outputs[1], atol=1e-5)
-        assert outputs[0].allclose(outputs[2], atol=1e-5)
+        assert all(outputs[0].allclose(other, atol=1e-5) for other in outputs[1:])
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_gradients_are_those_of_the_definition(self, bench: Any, causal: bool) -> None:
+        """Of queries, keys and values, against fp64 written out here."""
+        import torch
+
+        axes = {"causal": causal, "direction": "forward_backward"}
+        for stack in ("eager", "sdpa-flash", "sdpa-math"):
+            with bench.live(bench.job(bench.cell("attention", stack, **axes)), calls=1) as session:
+                step = session.step
+                assert step.problems() == []
+                inputs = [tensor.detach().double().requires_grad_() for tensor in step._inputs[0]]
+                q, k, v = inputs
+                scores = q @ k.mT / q.shape[-1] ** 0.5
+                if causal:
+                    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+                expected = torch.autograd.grad(scores.softmax(-1) @ v, inputs, step._gradients[0].double())
+                for found, truth in zip(step.gradients, expected, strict=True):
+                    assert found.double().allclose(truth, atol=1e-5), stack
+
+    def test_a_forward_call_has_no_gradients(self, bench: Any) -> None:
+        with bench.live(bench.job(bench.cell("attention"))) as session:
+            assert session.step.gradients == ()
+            assert session.step.output.is_inference()
+
+    def test_faulty_gradients_are_found(self, bench: Any) -> None:
+        job = bench.job(bench.cell("attention", direction="forward_backward"))
+        with bench.live(job) as session:
+            q, k, v = session.step.gradients
+            session.step.gradients = (q, k, v[:, :, :-1])
+            assert session.step.problems() == ["wrong_gradient_shape"]
+            session.step.gradients = (q, k, v * float("nan"))
+            assert session.step.problems() == ["gradient_not_finite"]
+
+    def test_flex_refuses_a_backward_pass_on_a_cpu(self, bench: Any) -> None:
+        cell = bench.cell("attention", "flex", direction="forward_backward")
+        assert "no backward pass on a cpu" in str(unsupported(cell, bench.device()))
+        assert unsupported(cell, bench.device("cuda")) is None
+
+
+FLASH_PACKAGES = {
+    "flash-attn-2": ("flash_attn", "flash_attn"),
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_3"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FLASH_PACKAGES))
+class TestFlashPackages:
+    """The packages need a card; a stand-in of their layout shows that the call, the mask and the evidence are right."""
+
+    @pytest.fixture
+    @staticmethod
+    def package(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        """The package's function, through an operator of its namespace; `package.honest` off makes it a pretender."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        module_name, namespace = FLASH_PACKAGES[name]
+        module: Any = ModuleType(module_name)
+        module.honest = True
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+            rows = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            return scaled_dot_product_attention(*rows, is_causal=causal).transpose(1, 2).contiguous()
+
+        library = torch.library.Library(namespace, "DEF")
+        library.define("fwd(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor")
+        library.impl("fwd", attend, "CompositeExplicitAutograd")
+        operator = getattr(torch.ops, namespace).fwd
+        module.flash_attn_func = lambda q, k, v, causal: (operator if module.honest else attend)(q, k, v, causal)
+        monkeypatch.setitem(sys.modules, module_name, module)
+        yield module
+        library._destroy()
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_layout_and_mask(self, bench: Any, package: Any, name: str, causal: bool) -> None:
+        outputs = []
+        for stack in (f"bf16+{name}", "bf16+sdpa-flash"):
+            with bench.live(bench.job(bench.cell("attention", stack, causal=causal))) as session:
+                outputs.append(session.step.output.clone())
+                if name in stack:
+                    evidence = optimizations()[name].evidence(parse_stack(name).techniques[0], session)
+                    assert evidence.ok, evidence.facts
+        assert outputs[0].equal(outputs[1])
+
+    def test_pytorchs_copy_is_no_evidence(self, bench: Any, package: Any, name: str) -> None:
+        package.honest = False
+        with bench.live(bench.job(bench.cell("attention", f"bf16+{name}"))) as session:
+            evidence = optimizations()[name].evidence(parse_stack(name).techniques[0], session)
+        assert not evidence.ok
+        assert evidence.facts["attention_operators"]
+
+    def test_wants_half_precision(self, bench: Any, package: Any, name: str) -> None:
+        needs = optimizations()[name].needs
+        card = bench.device("cuda", compute_capability=(9, 0), packages=dict.fromkeys(needs.packages, "1"))
+        assert unsupported(bench.cell("attention", f"fp16+{name}"), card) is None
+        assert "fp16 or bf16" in str(unsupported(bench.cell("attention", f"fp32+{name}"), card))
+        assert "fp16 or bf16" in str(unsupported(bench.cell("attention", name), card))

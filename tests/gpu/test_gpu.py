@@ -105,6 +105,8 @@ def stacks() -> list[tuple[str, str]]:
     found = []
     for name, technique in optimizations().items():
         kind = technique.needs.workloads[0] if technique.needs.workloads else "prefill"
+        if kind == "train_step":
+            continue  # in test_training.py, on a model that has something to save
         prefix = "bf16+" if name in HALF else ""
         options = [f":{key}={value}" for key, values in technique.choices.items() for value in values]
         found += [(kind, f"{prefix}{name}{option}") for option in options or [""]]
@@ -127,7 +129,7 @@ def test_technique_takes_effect(
     assert all(facts["ok"] for facts in evidence.values()), evidence
     if "compile" in stack:
         assert row["graphs_compiled"] > 0
-    if "reduce-overhead" in stack or "max-autotune" in stack:
+    if stack.endswith(("reduce-overhead", "max-autotune")):
         assert evidence[stack]["cuda_graph_launches"] > 0
 
 

@@ -38,7 +38,7 @@ class Shrunk(Optimization):
     def artifact(self, technique, job):
         return artifact_spec(technique, job, libraries=("torch",))
 
-    def make(self, technique, session, folder):
+    def make_artifact(self, technique, session, folder):
         end = option(technique, "end")
         (folder / "begun").touch()
         if end == "unsupported":
@@ -69,7 +69,7 @@ class Rounded(Optimization):
     def artifact(self, technique, job):
         return artifact_spec(technique, job)
 
-    def make(self, technique, session, folder):
+    def make_artifact(self, technique, session, folder):
         model = session.load().model
         for parameter in model.parameters():
             parameter.data.mul_(64).round_().div_(64)

@@ -105,6 +105,19 @@ def test_attention_kernel(bench: Any) -> None:
     assert found == 4 * 4 * 12 * 512 * 512 * 64
 
 
+def test_attention_kernel_with_its_backward_pass(bench: Any) -> None:
+    """Against PyTorch's own counter on attention written out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    axes = {"batch_size": 2, "heads": 3, "head_size": 16, "sequence_length": 64, "direction": "forward_backward"}
+    with bench.live(bench.job(bench.cell("attention", "eager", **axes)), calls=0) as session:
+        with FlopCounterMode(display=False) as counter:
+            session.step.run(0, lambda _: None)
+        assert torch.is_grad_enabled()
+    assert counted(bench, "attention", **axes) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("stack", ["fp32", "bf16", "nf4", "fp32+sdpa-math", "compile"])
 def test_every_stack_does_the_same_work(bench: Any, stack: str) -> None:
     """Counting the optimised path would make it look like less."""

@@ -1,0 +1,62 @@
+"""When does compilation pay? The calls after which the seconds in the compiler are won back."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from analysis.frames import numbers
+from analysis.pair import KEY
+from tasks.cell import BASELINE
+from tasks.row import Outcome
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FAMILY = "compile"  # the techniques whose partner is the same stack without them
+
+
+def break_even_calls(compile_s: float, partner_ms: float, compiled_ms: float) -> float | None:
+    """Seconds in the compiler over those saved per call against the uncompiled partner; None where none are saved.
+
+    For a decode cell a call is one token.
+    """
+    saved_s = (partner_ms - compiled_ms) / 1e3
+    if not all(map(math.isfinite, (compile_s, saved_s))) or saved_s <= 0 or compile_s < 0:
+        return None
+    return compile_s / saved_s
+
+
+def uncompiled(stack: str) -> str | None:
+    """The stack's text without its compile technique; None if it has none."""
+    parts = stack.split("+")
+    rest = [part for part in parts if part.partition(":")[0] != FAMILY]
+    return None if len(rest) == len(parts) else "+".join(rest) or BASELINE
+
+
+def with_break_even(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """`table` (a line per cell with its median `latency_ms_p50`) with `cold_compile_s` and `break_even_calls`.
+
+    The compiler's seconds are those of the slowest measured round: later rounds find the first one's cache. The
+    partner is the same stack without compilation in the same model, workload point and hardware.
+    """
+    table = table.copy()
+    measured = frame[(frame["outcome"] == Outcome.OK).fillna(False) & (numbers(frame, "graphs_compiled") > 0)]
+    slowest = numbers(measured, "compile_s").groupby([measured[name] for name in KEY]).max()
+    keys = list(zip(*(table[name] for name in KEY), strict=True))
+    table["cold_compile_s"] = [float(slowest.get(key, math.nan)) for key in keys]
+    places = list(zip(table["result_dir"], table["model"], table["workload_point"], table["hardware"], strict=True))
+    latency = [float(value) for value in numbers(table, "latency_ms_p50")]
+    known = dict(zip(zip(places, table["optimization"], strict=True), latency, strict=True))
+    table["break_even_calls"] = [
+        _calls(seconds, known.get((place, uncompiled(str(stack))), math.nan), own)
+        for place, stack, seconds, own in zip(
+            places, table["optimization"], table["cold_compile_s"], latency, strict=True
+        )
+    ]
+    return table
+
+
+def _calls(compile_s: float, partner_ms: float, compiled_ms: float) -> float:
+    found = break_even_calls(compile_s, partner_ms, compiled_ms)
+    return math.nan if found is None else found

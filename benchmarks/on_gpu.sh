@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# What docs/results is made with, on a machine with one CUDA GPU: parts by name, each within a time limit and each
+# keeping what it has measured when the limit strikes.
+#
+#   benchmarks/on_gpu.sh OUT tests llama attention calibration instrumentation
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$1
+shift
+mkdir -p "$out"
+PYTHON=${PYTHON:-python}
+
+limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
+    timeout --signal=INT --kill-after=60 "$@"
+}
+
+sweep() { # SECONDS NAME FOLDER [OPTION...]
+    limited "$1" "$PYTHON" -m orchestrator run "$2" --out "$out/$3" "${@:4}" >"$out/$3.txt" 2>&1
+    tail -n 60 "$out/$3.txt"
+}
+
+for part in "$@"; do
+    echo "== $part, $(date +%T)"
+    case $part in
+    tests)
+        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu tests/gpu --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
+        tail -n 60 "$out/tests.txt"
+        ;;
+    llama)
+        sweep "${LLAMA_S:-400}" llama-1b llama-1b
+        limited 120 "$PYTHON" benchmarks/independent_gpu.py "$out/independent-llama.json" llama
+        "$PYTHON" benchmarks/compare_independent.py "$out/llama-1b" "$out/independent-llama.json"
+        ;;
+    attention)
+        sweep "${ATTENTION_S:-300}" attention attention --set scale=headline
+        limited 60 "$PYTHON" benchmarks/independent_gpu.py "$out/independent-attention.json" attention
+        "$PYTHON" benchmarks/compare_independent.py "$out/attention" "$out/independent-attention.json"
+        ;;
+    calibration)
+        sweep "${AA_S:-240}" aa-gpu aa-gpu-1
+        sweep "${AA_S:-240}" aa-gpu aa-gpu-2
+        "$PYTHON" benchmarks/repeatability.py "$out/aa-gpu-1" "$out/aa-gpu-2"
+        ;;
+    instrumentation)
+        limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs 12
+        ;;
+    *)
+        sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline
+        ;;
+    esac
+done

@@ -1,0 +1,79 @@
+"""What the techniques share that look for the end of all sequences: tokens of the plain loop, flags that were read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from tasks.optimization import Evidence, Needs, Optimization
+from tasks.workloads._decode_checks import NoCheck
+
+if TYPE_CHECKING:
+    from tasks.cell import Technique
+    from tasks.session import Session
+    from tasks.workloads._decode_checks import StopCheck
+
+
+class StopCheckKind(Optimization):
+    """One way to look. Without a stop condition in the workload it looks in vain, at the same cost."""
+
+    family = "decode-loop"
+    needs = Needs(workloads=("decode",), model_kinds=("language",))
+
+    @abstractmethod
+    def make(self, technique: Technique, session: Session) -> StopCheck:
+        """The check of one session."""
+
+    @abstractmethod
+    def expected_reads(self, technique: Technique, steps: int) -> int:
+        """Flags read in a request of `steps` further tokens."""
+
+    def apply(self, technique: Technique, session: Session) -> None:
+        session.settings.stop_check = lambda: self.make(technique, session)
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """The request of the plain loop, token by token, and as many flags read on the way as this check must."""
+        step: Any = session.step
+        same = step.same_tokens(step.checking(NoCheck()))
+        step.run(0, lambda _label: None)
+        reads, steps = step.check.reads, step.steps
+        facts: dict[str, Any] = {
+            "check": type(step.check).__name__, "flags_read": reads, "steps": steps, "same_tokens_as_plain": same,
+        }  # fmt: skip
+        ok = same and reads == self.expected_reads(technique, steps) and reads > 0
+        wanted = type(self.make(technique, session)).__name__
+        return Evidence(ok=ok and facts["check"] == wanted and self.recognizes(session, facts), facts=facts)
+
+    def recognizes(self, session: Session, facts: dict[str, Any]) -> bool:
+        """Whether the flags came the way they should; adds what was seen to `facts`."""
+        return True
+
+
+def copies_of_the_check(session: Session) -> tuple[Counter[int], set[int]]:
+    """Copies from device to host that a request makes only because of its check, by stream, and streams of kernels."""
+    step: Any = session.step
+    with step.checking(NoCheck()):
+        without, _ = _copies_and_kernels(session)
+    looking, kernels = _copies_and_kernels(session)
+    return looking - without, kernels
+
+
+def _copies_and_kernels(session: Session) -> tuple[Counter[int], set[int]]:
+    from torch._C._autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    assert session.step is not None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
+        session.step.run_short()
+        session.synchronize()
+    copies: Counter[int] = Counter()
+    kernels: set[int] = set()
+    for event in seen.events() or ():
+        if event.device_type != DeviceType.CUDA:
+            continue
+        if "memcpy dtoh" in event.name.lower():
+            copies[int(event.device_resource_id)] += 1
+        elif not event.name.lower().startswith(("memcpy", "memset")):
+            kernels.add(int(event.device_resource_id))
+    return copies, kernels

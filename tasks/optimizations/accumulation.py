@@ -1,0 +1,155 @@
+"""Gradient accumulation: one optimizer step over several micro-batches, which need the activations of one only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tasks.optimization import Evidence, Needs, Optimization
+from tasks.stacks import option, precision_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
+    from tasks.session import Session
+
+# Relative distance from the whole batch's gradient. Rounding: 1e-6 in fp32, up to 1 % where products are in half
+# precision (seen on small models); a loss that is not divided, or one micro-batch lost, is 25 % and more.
+EXACT, ROUNDED = 1e-3, 5e-2
+
+
+class Accumulation(Optimization):
+    name = "accumulation"
+    family = "accumulation"
+    summary = "gradients of equal micro-batches added up before each optimizer step"
+    needs = Needs(workloads=("train_step",))
+    options = {"micro_batches": 2}
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        reason = super().unsupported(cell, device)
+        if reason:
+            return reason
+        (chosen,) = (technique for technique in cell.stack.techniques if technique.name == self.name)
+        count, batch = int(option(chosen, "micro_batches")), cell.workload["batch_size"]
+        if count < 1 or batch % count:
+            return f"{self.name} needs micro-batches of equal size: {count} do not divide a batch of {batch}"
+        return None
+
+    def apply(self, technique: Technique, session: Session) -> None:
+        session.settings.micro_batches = int(option(technique, "micro_batches"))
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """Every forward pass of a step sees a micro-batch, and together they give the whole batch's gradient."""
+        count, batch = int(option(technique, "micro_batches")), session.job.cell.workload["batch_size"]
+        sizes = forward_sizes(session)
+        facts: dict[str, Any] = {"forwards_per_step": len(sizes), "samples_per_forward": sorted(set(sizes))}
+        ok = len(sizes) >= count and set(sizes) == {batch // count}
+        if ok and count > 1:
+            difference, compared = gradient_difference(session)
+            facts |= {"gradient_difference": difference, "micro_batches_compared": compared}
+            half = session.settings.autocast is not None or precision_of(session.job.cell) != "fp32"
+            facts["gradient_tolerance"] = tolerance = ROUNDED if half else EXACT
+            ok = difference is not None and difference <= tolerance
+        if batch_norms(session.model):
+            facts["batch_norm"] = "statistics of each micro-batch; frozen where gradients are compared"
+            session.row.flag("statistics_per_micro_batch")
+        return Evidence(ok=ok, facts=facts)
+
+
+def forward_sizes(session: Session) -> list[int]:
+    """Samples in each forward pass of the model during one step."""
+    import torch
+
+    sizes: list[int] = []
+
+    def look(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        tensors = [item for item in (*arguments, *keywords.values()) if isinstance(item, torch.Tensor)]
+        sizes.append(tensors[0].shape[0] if tensors else 0)
+
+    assert session.step is not None
+    hook = session.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            session.step.run_short()
+    finally:
+        hook.remove()
+    return sizes
+
+
+def gradient_difference(session: Session) -> tuple[float | None, int]:
+    """Relative distance between accumulated and whole-batch gradient, and how many micro-batches were compared.
+
+    Where the whole batch does not fit in memory, which is what accumulation is for, half as many are compared, down to
+    two; None if these do not fit either, or if gradients are not finite.
+    """
+    from tasks.row import Outcome
+    from tasks.run_cell import classify
+
+    step: Any = session.step
+    compared = len(step.micro_batches())
+    while compared >= 2:
+        try:
+            return _difference(session, step.micro_batches()[:compared], step.whole(compared)), compared
+        except (RuntimeError, MemoryError) as error:
+            if classify(error)[0] is not Outcome.OOM:
+                raise
+        step.optimizer.zero_grad(set_to_none=True)
+        _free(session)
+        compared //= 2
+    return None, 0
+
+
+def _free(session: Session) -> None:
+    import torch
+
+    if session.on_cuda:
+        torch.cuda.empty_cache()
+
+
+def _difference(session: Session, parts: Sequence[Any], whole: Any) -> float | None:
+    """The micro-batches run as measured, compiled if the stack says so; the whole batch runs eagerly."""
+    import torch
+
+    step: Any = session.step
+    frozen = _frozen_layers(session.model)
+    try:
+        for module in frozen:
+            module.eval()
+        # what was compiled for training mode must not be compiled anew for these
+        with torch.compiler.set_stance("force_eager" if frozen else "default"):
+            accumulated = step.gradients(parts)
+        with torch.compiler.set_stance("force_eager"):
+            expected = step.gradients([whole])
+    finally:
+        for module in frozen:
+            module.train()
+    apart = size = 0.0
+    for ours, theirs in zip(accumulated, expected, strict=True):
+        if (ours is None) != (theirs is None):
+            return None
+        if ours is not None:
+            apart += float(torch.linalg.vector_norm(ours - theirs, dtype=torch.float64)) ** 2
+            size += float(torch.linalg.vector_norm(theirs, dtype=torch.float64)) ** 2
+    difference = (apart / size) ** 0.5 if size else float("nan")
+    return difference if difference == difference and difference != float("inf") else None
+
+
+def batch_norms(model: Any) -> list[Any]:
+    """Layers that normalise by the batch they see."""
+    import torch
+
+    return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def _frozen_layers(model: Any) -> list[Any]:
+    """What makes a sample's gradient depend on the other samples or on chance: batch statistics and dropout.
+
+    A model with dropout is frozen as a whole, since attention drops inside its own functions.
+    """
+    import torch
+
+    dropout = [module for module in model.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
+    if any(module.p > 0 for module in dropout):
+        return [model]
+    return batch_norms(model)

@@ -1,0 +1,77 @@
+"""One CUDA graph of the whole one-token step: a single launch per token, the token fed back on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tasks.optimization import Evidence, Needs, Optimization
+from tasks.optimizations.compile import graph_launches
+from tasks.registry import optimizations
+from tasks.stacks import option
+
+if TYPE_CHECKING:
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
+    from tasks.session import Session
+
+WARM_UPS = 3
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
+
+
+class CudaGraph(Optimization):
+    """Choice of the token, stop condition and padding are inside the graph; nothing returns to the host."""
+
+    name = "cuda-graph"
+    family = "graphs"
+    summary = "the whole decode step, token fed back, as one CUDA graph"
+    needs = Needs(devices=("cuda",), workloads=("decode",), model_kinds=("language",))
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        refusal = super().unsupported(cell, device)
+        if refusal is not None:
+            return refusal
+        known = optimizations()
+        if not any(getattr(known[item.name], "fixed", False) for item in cell.stack.techniques):
+            return f"{self.name} replays fixed addresses and shapes: the stack needs static-cache"
+        for item in cell.stack.techniques:
+            if item.name == "compile" and option(item, "mode") in OWN_GRAPHS:
+                return f"{self.name} captures the step, and so does {item}: choose one"
+        return None
+
+    def apply(self, technique: Technique, session: Session) -> None:
+        session.settings.capture = capture
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        if not session.on_cuda:
+            return Evidence(ok=False, facts={"device": session.device.type})
+        launches = graph_launches(session)
+        step: Any = session.step
+        steps = step.steps
+        same = step.same_tokens(step.uncaptured())
+        facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": same}
+        return Evidence(ok=launches == steps > 0 and same, facts=facts)
+
+
+def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:
+    """`advance` as a graph. `restart` makes a state from which it can run; calls before the capture are real ones.
+
+    In these, on the side stream on which the capture will be, compilers and libraries set themselves up.
+    """
+    import torch
+
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    for _ in range(WARM_UPS):
+        restart()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            advance()
+        main.wait_stream(side)
+    restart()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=side):
+        advance()
+    return graph.replay

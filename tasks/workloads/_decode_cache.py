@@ -1,0 +1,54 @@
+"""The cache that a decode loop has if no technique chose one, and the bytes that any cache really holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tasks.workloads._decode_steps import CachedStep, Chooser, TokenStep
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+_HELD = ("keys", "values")  # ends of the names under which transformers' layers keep them, quantized or not
+
+
+def growing_cache(session: Session, choose: Chooser, _positions: int) -> TokenStep:
+    """transformers' default: grown by concatenation, made anew for every request."""
+    from transformers import DynamicCache
+
+    return CachedStep(session, choose, make=lambda: DynamicCache(config=session.model.config), fixed=False)
+
+
+def stored_bytes(cache: Any) -> dict[str, int]:
+    """Device type -> bytes of the keys and values of a cache; quantized parts, scales and residuals included."""
+    layers = cache.layers if cache is not None else ()
+    return bytes_of([value for layer in layers for name, value in vars(layer).items() if name.endswith(_HELD)])
+
+
+def bytes_of(held: Any) -> dict[str, int]:
+    """Device type -> bytes of the storages behind tensors, tensor subclasses, and lists and mappings of them."""
+    import torch
+
+    seen: dict[tuple[str, int], int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            parts = getattr(value, "__tensor_flatten__", None)
+            if parts is not None:
+                for name in parts()[0]:
+                    visit(getattr(value, name))
+                return
+            storage = value.untyped_storage()
+            if storage.nbytes():
+                seen[value.device.type, storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            visit(list(value.values()))
+        elif isinstance(value, tuple | list):
+            for item in value:
+                visit(item)
+
+    visit(held)
+    total: dict[str, int] = {}
+    for (device, _), size in seen.items():
+        total[device] = total.get(device, 0) + size
+    return total

@@ -1,0 +1,158 @@
+"""How a decode loop gets its next token: through a KV cache, or by running the whole sequence again; and how it is
+chosen from the logits.
+
+Random numbers are drawn by an eager kernel between the steps and used inside them, so that every loop, compiled or
+captured or not, sees the same ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tasks.workloads._inputs import vocabulary
+
+if TYPE_CHECKING:
+    from tasks.session import Session
+
+
+class Chooser:
+    """Greedy: the most probable token. `banned` is a token that it never chooses, None for none."""
+
+    noise: Any = None
+    generator: Any = None
+
+    def __init__(self, banned: int | None = None) -> None:
+        self._banned = banned
+
+    def begin(self, index: int) -> None:
+        """Before request `index`: the same request draws the same numbers."""
+
+    def draw(self) -> None:
+        """Before every token."""
+
+    def __call__(self, logits: Any, noise: Any) -> Any:
+        """Token ids, shape (batch,), of logits, shape (batch, vocabulary)."""
+        return self._allowed(logits).argmax(-1)
+
+    def _allowed(self, logits: Any) -> Any:
+        if self._banned is not None:
+            logits.select(-1, self._banned).fill_(float("-inf"))
+        return logits
+
+
+class Sampler(Chooser):
+    """Multinomial sampling: the greatest of probability over an exponential variable, which needs no synchronisation.
+
+    That is how `torch.multinomial` draws one sample, without its check of the probabilities on the host.
+    """
+
+    def __init__(self, session: Session, batch: int, temperature: float, banned: int | None = None) -> None:
+        import torch
+
+        super().__init__(banned)
+        assert session.loaded is not None
+        self._temperature, self._seed = temperature, session.job.seed
+        self.generator = torch.Generator(session.device)
+        self.noise = torch.ones(batch, vocabulary(session.loaded.config), device=session.device)
+
+    def begin(self, index: int) -> None:
+        self.generator.manual_seed(self._seed * 1_000_003 + index)
+
+    def draw(self) -> None:
+        self.noise.exponential_(generator=self.generator)
+
+    def __call__(self, logits: Any, noise: Any) -> Any:
+        probabilities = (self._allowed(logits).float() / self._temperature).softmax(-1)
+        return (probabilities / noise).argmax(-1)
+
+
+class TokenStep(ABC):
+    """`first` takes the prompt, `next` the tokens that came out last; both return token ids, shape (batch,)."""
+
+    cache: Any = None  # the live KV cache, None if there is none
+    fixed: bool = False  # whether `next` always reads and writes the same addresses
+
+    def __init__(self, session: Session, choose: Chooser) -> None:
+        self._model, self._choose = session.model, choose
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Make ready for a request; outside of what is timed."""
+
+    @abstractmethod
+    def first(self, prompt: Any) -> Any:
+        """The whole prompt, shape (batch, prompt_tokens)."""
+
+    @abstractmethod
+    def next(self, ids: Any) -> Any:
+        """One more token for each sequence; `ids` (batch, 1) are the last ones."""
+
+
+StepFactory = Callable[["Session", Chooser, int], TokenStep]  # session, chooser, positions that a request needs
+
+
+class CachedStep(TokenStep):
+    """Prompt eagerly through the model, then one token at a time through the (possibly compiled) step.
+
+    As in transformers' own `generate`, only the one-token step is compiled: its shape never changes. `make` gives a
+    cache; a `fixed` one is made once and reset for every further request.
+    """
+
+    def __init__(self, session: Session, choose: Chooser, *, make: Callable[[], Any], fixed: bool) -> None:
+        super().__init__(session, choose)
+        self._make, self.fixed = make, fixed
+        self._step = session.compiled(self._one_token)
+        self._marks_step = session.settings.compile is not None and session.on_cuda
+
+    def begin(self) -> None:
+        if self.cache is None or not self.fixed:
+            self.cache = self._make()
+        else:
+            self.cache.reset()
+
+    def first(self, prompt: Any) -> Any:
+        return self._one_token(prompt, self.cache, self._choose.noise)
+
+    def next(self, ids: Any) -> Any:
+        import torch
+
+        if self._marks_step:
+            # CUDA graphs may reuse the last step's output: it has been copied, so that is fine
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._step(ids, self.cache, self._choose.noise)
+
+    def _one_token(self, ids: Any, cache: Any, noise: Any) -> Any:
+        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self._choose(logits, noise)
+
+
+class RecomputedStep(TokenStep):
+    """Runs the whole sequence again for every token: what the KV cache is measured against."""
+
+    def __init__(self, session: Session, choose: Chooser, _positions: int = 0) -> None:
+        super().__init__(session, choose)
+        self._step = session.compiled(self._whole)
+        self._sequence: Any = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input so far in this request."""
+        return 0 if self._sequence is None else int(self._sequence.shape[1])
+
+    def begin(self) -> None:
+        self._sequence = None
+
+    def first(self, prompt: Any) -> Any:
+        self._sequence = prompt
+        return self._step(prompt, self._choose.noise)
+
+    def next(self, ids: Any) -> Any:
+        import torch
+
+        self._sequence = torch.cat([self._sequence, ids], dim=1)
+        return self._step(self._sequence, self._choose.noise)
+
+    def _whole(self, ids: Any, noise: Any) -> Any:
+        return self._choose(self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1], noise)

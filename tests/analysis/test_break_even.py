@@ -1,0 +1,80 @@
+"""After how many calls compilation pays: the arithmetic, the partner, and null where it never does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from analysis import comparison_table, render
+from analysis.break_even import break_even_calls, uncompiled
+
+Loaded = Callable[..., pd.DataFrame]
+
+
+def test_seconds_over_saving() -> None:
+    assert break_even_calls(30.0, 12.0, 2.0) == pytest.approx(3000)
+    assert break_even_calls(0.0, 12.0, 2.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("compile_s", "partner_ms", "compiled_ms"),
+    [(30.0, 2.0, 2.0), (30.0, 2.0, 3.0), (30.0, math.nan, 2.0), (math.nan, 3.0, 2.0), (30.0, 3.0, math.nan)],
+)
+def test_never_is_null(compile_s: float, partner_ms: float, compiled_ms: float) -> None:
+    assert break_even_calls(compile_s, partner_ms, compiled_ms) is None
+
+
+@pytest.mark.parametrize(
+    ("stack", "partner"),
+    [
+        ("compile", "baseline"),
+        ("bf16+static-cache+compile:mode=max-autotune,coordinate_descent=true", "bf16+static-cache"),
+        ("bf16+compile+again", "bf16+again"),
+        ("bf16", None),
+        ("baseline", None),
+    ],
+)
+def test_partner(stack: str, partner: str | None) -> None:
+    assert uncompiled(stack) == partner
+
+
+def rows(build: SimpleNamespace, seconds: list[float], compiled_ms: float = 4.0) -> list[dict[str, object]]:
+    """An eager bf16 of 10 ms, and a compiled one whose later rounds find the first one's compiler cache."""
+    eager = [build.row(build.cell("bf16"), n, 10.0, graphs_compiled=0, compile_s=0.0) for n in range(len(seconds))]
+    cell = build.cell("bf16+compile")
+    return eager + [
+        build.row(cell, n, compiled_ms, graphs_compiled=1, compile_s=s, graph_breaks=0, recompilations=1)
+        for n, s in enumerate(seconds)
+    ]
+
+
+def test_table_uses_the_cold_compilation(build: SimpleNamespace, loaded: Loaded) -> None:
+    table = comparison_table(loaded(rows(build, [30.0, 3.0, 3.0])))
+    lines = table.frame.set_index("optimization")
+    assert lines.loc["bf16+compile", "break_even_calls"] == pytest.approx(5000)
+    assert lines.loc["bf16+compile", "cold_compile_s"] == 30.0
+    assert math.isnan(lines.loc["bf16", "cold_compile_s"]), "zero seconds of an eager stack are no measurement"
+    shown = render(table)
+    assert "break-even" in shown
+    assert "5,000" in shown
+    assert "1 recompilation before measuring" in lines.loc["bf16+compile", "notes"]
+
+
+def test_no_saving_is_empty(build: SimpleNamespace, loaded: Loaded) -> None:
+    lines = comparison_table(loaded(rows(build, [30.0], compiled_ms=11.0))).frame.set_index("optimization")
+    assert math.isnan(lines.loc["bf16+compile", "break_even_calls"])
+
+
+def test_without_the_partner_there_is_none(build: SimpleNamespace, loaded: Loaded) -> None:
+    compiled = [row for row in rows(build, [30.0]) if row["optimization"] == "bf16+compile"]
+    other = [build.row(build.cell("baseline"), 0, 20.0)]
+    lines = comparison_table(loaded(other + compiled)).frame.set_index("optimization")
+    assert math.isnan(lines.loc["bf16+compile", "break_even_calls"])
+
+
+def test_tables_without_compilation_do_not_speak_of_it(build: SimpleNamespace, loaded: Loaded) -> None:
+    assert "break-even" not in render(comparison_table(loaded(build.sweep())))

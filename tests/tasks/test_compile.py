@@ -1,0 +1,123 @@
+"""The compile technique's options reach the compiler and are proven from its records; breaks are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tasks.compilation import compilation, generated_code
+from tasks.metrics.compilation import CompilationCounts
+from tasks.optimization import Evidence
+from tasks.optimizations.compile import arguments
+from tasks.registry import optimizations
+from tasks.stacks import parse_stack, unsupported
+from tasks.timing import Timings
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+BREAKING = """
+import torch
+class Net(torch.nn.Linear):
+    scale = 1.0
+    def forward(self, x):
+        y = super().forward(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return y * self.scale
+def make():
+    net = Net(4, 4)
+    net.breaks = {breaks}
+    return net, lambda batch, device, seed: torch.ones(batch, 4, device=device)
+"""
+
+
+def technique(text: str) -> Any:
+    (found,) = parse_stack(text).techniques
+    return found
+
+
+def proof(text: str, session: Any) -> Evidence:
+    return optimizations()["compile"].evidence(technique(text), session)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("compile", {"mode": None, "fullgraph": False, "dynamic": None}),
+        ("compile:mode=reduce-overhead", {"mode": "reduce-overhead", "fullgraph": False, "dynamic": None}),
+        ("compile:fullgraph=true,dynamic=true", {"mode": None, "fullgraph": True, "dynamic": True}),
+        ("compile:dynamic=false", {"mode": None, "fullgraph": False, "dynamic": False}),
+        (
+            "compile:mode=reduce-overhead,coordinate_descent=true",
+            {
+                "fullgraph": False,
+                "dynamic": None,
+                "options": {"triton.cudagraphs": True, "coordinate_descent_tuning": True},
+            },
+        ),
+        (
+            "compile:coordinate_descent=true",
+            {"fullgraph": False, "dynamic": None, "options": {"coordinate_descent_tuning": True}},
+        ),
+    ],
+)
+def test_arguments_of_torch_compile(text: str, expected: dict[str, Any]) -> None:
+    assert arguments(technique(text)) == expected
+
+
+def test_coordinate_descent_is_refused_on_a_cpu(bench: Any) -> None:
+    cell = bench.cell("attention", "compile:coordinate_descent=true")
+    assert "tunes Triton kernels" in str(unsupported(cell, bench.device()))
+    assert unsupported(cell, bench.device("cuda")) is None
+    assert unsupported(bench.cell("attention", "compile"), bench.device()) is None
+
+
+def net(bench: Any, stack: str, breaks: bool) -> Any:
+    model, path = bench.factory(BREAKING.format(breaks=breaks))
+    return bench.job(bench.cell("forward", stack, model), search_path=path)
+
+
+def test_breaks_and_recompilations_are_counted(bench: Any) -> None:
+    with bench.live(net(bench, "compile", breaks=True), calls=1) as session:
+        # the step's frame breaks in the module's, which is then traced by itself and breaks again
+        breaks = compilation().graph_breaks
+        assert breaks == 2
+        assert compilation().recompile_reasons == ()
+        session.model.scale = 2.0
+        session.step.run(0, lambda _: None)
+        again = len(compilation().recompile_reasons)
+        assert again >= 1
+        session.timings = Timings(before=compilation(), warmup_calls=1)
+        assert CompilationCounts().collect(session) == {"graph_breaks": breaks, "recompilations": again}
+        assert proof("compile", session).ok
+        assert not proof("compile:fullgraph=true", session).ok, "there was a break"
+
+
+def test_fullgraph_refuses_a_break(bench: Any) -> None:
+    import torch
+
+    job = net(bench, "compile:fullgraph=true", breaks=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported), bench.live(job, calls=1):
+        pass
+    with bench.live(net(bench, "compile:fullgraph=true", breaks=False), calls=1) as session:
+        assert proof("compile:fullgraph=true", session).ok
+
+
+def test_dynamic_is_proven_by_the_compilers_record(bench: Any) -> None:
+    with bench.live(net(bench, "compile:dynamic=true", breaks=False), calls=1) as session:
+        evidence = proof("compile:dynamic=true", session)
+        assert evidence.ok, evidence.facts
+        assert evidence.facts["graphs_of_any_shape"] == 1
+        assert generated_code()
+    with bench.live(net(bench, "compile:dynamic=true", breaks=False), applied="compile", calls=1) as session:
+        assert not proof("compile:dynamic=true", session).ok
+
+
+def test_coordinate_descent_is_proven_by_the_kernels(bench: Any) -> None:
+    """Generated kernels carry the setting: a stack that did not ask for it has none that do."""
+    asked = "compile:coordinate_descent=true"
+    with bench.live(net(bench, "compile", breaks=False), calls=1) as session:
+        evidence = proof(asked, session)
+    assert not evidence.ok
+    assert evidence.facts["kernels_tuned"] == 0
