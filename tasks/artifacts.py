@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Technique, digest
 from tasks.environment import version
-from tasks.models.identity import checkpoint_hash
+from tasks.models.identity import job_checkpoint
 from tasks.registry import optimizations
 from tasks.stacks import option
 
@@ -114,7 +114,7 @@ def artifact_spec(
     inputs = {
         "model": {
             "source": model.source,
-            "checkpoint": checkpoint_hash(model, job.search_path),
+            "checkpoint": job_checkpoint(job),
             "trust_remote_code": model.trust_remote_code,
         },
         "options": {key: option(technique, key) for key in sorted(made_by.options)},

@@ -49,6 +49,7 @@ class CellJob:
 
     `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU) or
     the device (CUDA). `artifact_dir` is local to the node, and making one artifact may take `artifact_timeout_s`.
+    `checkpoint` is the hash of the model's weights, where the supervisor has read them: minutes for large ones.
     `ceilings` and `idle_power_w` were measured on this device in this sweep. `executed` demands a freshly executed
     process. `search_path` are folders in which a model factory may be found, the sweep file's own first.
     `quality_choices_file` holds the user's questions, the shipped ones when empty; `quality_tasks` are names of
@@ -72,6 +73,7 @@ class CellJob:
     memory_budget_bytes: int | None = None
     artifact_dir: str = ""
     artifact_timeout_s: float = 3600.0
+    checkpoint: str = ""
     compile_cache_dir: str = ""
     compile_cold: bool = False
     executed: bool = False

@@ -23,7 +23,7 @@ from tasks.cell import digest
 from tasks.choices import ChoicesError, content_hash
 from tasks.environment import version
 from tasks.metric import Missing
-from tasks.models.identity import checkpoint_hash
+from tasks.models.identity import job_checkpoint
 from tasks.quality_choices import answer, answer_floor, compare_answers, questions
 from tasks.quality_images import compare_images, image_logits
 from tasks.quality_tasks import run_tasks
@@ -85,7 +85,7 @@ def reference_spec(job: CellJob) -> ArtifactSpec:
         maker=MAKER,
         checkpoint=False,
         inputs={
-            "model": checkpoint_hash(job.cell.model, job.search_path),
+            "model": job_checkpoint(job),
             "identity": job.cell.model.identity(),
             "vision": job.cell.workload.kind if job.cell.model.kind != "language" else "text",
             "image_size": job.cell.workload.get("image_size") if job.cell.model.kind == "vision" else None,

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import ArtifactSpec, clear_interrupted, find, wanted
+from tasks.artifacts import ArtifactSpec, Wanted, clear_interrupted, find, makers, wanted
 from tasks.cell import Technique
 from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
+from tasks.models.identity import checkpoint_hash
 from tasks.quality import reference_spec
 from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
@@ -50,7 +51,12 @@ class Supervisor:
         known = optimizations()
         for technique in job.cell.stack.techniques:
             environment |= known[technique.name].environment(technique)
-        failure = self._make_artifacts(job)
+        try:
+            job = _with_checkpoint(job)
+            needed, reference = wanted(job), _reference(job)
+        except Exception as error:  # a checkpoint or calibration text that is not there
+            return RunResult(row=_unreadable(job, error).to_dict())
+        failure = self._make_artifacts(job, needed, reference)
         if failure is not None:
             return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
@@ -65,17 +71,8 @@ class Supervisor:
             row["flags"] = [*row["flags"], "executed_instead"]  # the server refused to fork: unlike the others
         return RunResult(row=row, samples=done.result["samples"])
 
-    def _make_artifacts(self, job: CellJob) -> Row | None:
+    def _make_artifacts(self, job: CellJob, needed: list[Wanted], reference: ArtifactSpec | None) -> Row | None:
         """Have what the stack needs made, and the quality reference; the row of a cell that can have no artifact."""
-        try:
-            needed = wanted(job)
-            judged = job.quality and workloads()[job.cell.workload.kind].needs_model
-            reference = reference_spec(job) if judged else None
-        except Exception as error:  # a checkpoint or calibration text that is not there
-            row = Row()
-            row.set(**job_columns(job), outcome=Outcome.ERROR, error_type=type(error).__name__)
-            row.set(reason=f"what it is made from cannot be read: {error}")
-            return row
         for item in needed:
             failure = self._ensure(item.spec, job, item.technique)
             if failure is not None:
@@ -117,6 +114,28 @@ def _with_wall(data: dict[str, Any], done: Completed) -> dict[str, Any]:
     accounted = sum(row[name] or 0.0 for name in TIME_COLUMNS)  # a phase not reached took no time
     row.set(wall_s=done.wall_s, overhead_s=max(done.wall_s - accounted, 0.0), process_kind=done.kind)
     return row.to_dict()
+
+
+def _with_checkpoint(job: CellJob) -> CellJob:
+    """The job with the hash of its model, where artifacts are named by it: read once here, not in every process."""
+    if job.checkpoint or not (job.quality or makers(job)) or not _has_model(job):
+        return job
+    return replace(job, checkpoint=checkpoint_hash(job.cell.model, job.search_path))
+
+
+def _reference(job: CellJob) -> ArtifactSpec | None:
+    return reference_spec(job) if job.quality and _has_model(job) else None
+
+
+def _has_model(job: CellJob) -> bool:
+    return workloads()[job.cell.workload.kind].needs_model
+
+
+def _unreadable(job: CellJob, error: Exception) -> Row:
+    row = Row()
+    row.set(**job_columns(job), outcome=Outcome.ERROR, error_type=type(error).__name__)
+    row.set(reason=f"what it is made from cannot be read: {' '.join(str(error).split())}")
+    return row
 
 
 def _verdict(job: CellJob, failure: Row, what: str) -> Row:

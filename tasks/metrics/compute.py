@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
-from tasks.models.identity import checkpoint_hash
+from tasks.models.identity import job_checkpoint
 from tasks.stacks import freezes_weights, precision_of
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _flops(session: Session) -> float | Missing:
         return Missing(reason="a factory's module has no reference to count on the meta device")
     import transformers
 
-    content = checkpoint_hash(cell.model) if cell.model.source != "none" else None
+    content = job_checkpoint(session.job) if cell.model.source != "none" else None
     what = {"model": cell.model.identity(), "content": content, "transformers": transformers.__version__}
     # a pruned or distilled model is another one, whose arithmetic is its own
     made = [artifact.spec.key for artifact in session.artifacts.values() if artifact.spec.checkpoint]

@@ -6,10 +6,13 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.cell import ModelSpec, digest
 from tasks.models.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from tasks.job import CellJob
 
 POCKET = Path(__file__).parent / "pocket"
 
@@ -45,6 +48,11 @@ def checkpoint_hash(spec: ModelSpec, search_path: tuple[str, ...] = ()) -> str:
         found = next((file for file in files if file.is_file()), None)
         return digest([spec.identity(), file_hash(found, found.stat().st_mtime_ns) if found else None])
     return digest(spec.identity())
+
+
+def job_checkpoint(job: CellJob) -> str:
+    """`checkpoint_hash` of a job's model: as the job has it, else computed."""
+    return job.checkpoint or checkpoint_hash(job.cell.model, job.search_path)
 
 
 @cache

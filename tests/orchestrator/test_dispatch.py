@@ -18,7 +18,7 @@ from orchestrator.interrupt import Stop
 from orchestrator.inventory import Inventory, Node, bench_devices
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.slots import BenchSlot, Phase
+from orchestrator.slots import BenchSlot, Phase, limit_s
 from orchestrator.store import Store, StoreFull
 from orchestrator.sweep import make_sweep
 from orchestrator.work import RunSettings, SweepWork
@@ -191,6 +191,28 @@ def test_edited_questions_and_tasks_make_a_result_stale(folder: Path, tmp_path: 
         other = Bench(folder, "a100", quality=quality)
         assert other.finish_all(0)
         other.store.close()
+
+
+def test_an_edited_calibration_text_makes_a_result_stale(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("calibration")
+    sweep = {"optimizations": ["baseline", f"prune:text={text}"]}
+    for expected in (["baseline", f"prune:text={text}"], []):
+        bench = Bench(folder, "a100", **sweep)
+        assert sorted({str(job.cell.stack) for job in bench.finish_all(0)}) == expected
+        bench.store.close()
+    text.write_text("another")
+    bench = Bench(folder, "a100", **sweep)
+    assert {str(job.cell.stack) for job in bench.finish_all(0)} >= {f"prune:text={text}"}
+    bench.store.close()
+
+
+def test_a_slot_is_given_time_for_what_has_to_be_made(folder: Path) -> None:
+    limits = {"cell_timeout_s": 100, "artifact_timeout_s": 1000}
+    bench = Bench(folder, "a100", optimizations=["baseline", "prune", "distill+prune"], limits=limits, rounds=1)
+    given = {str(job.cell.stack): limit_s(job) for job in bench.work.take(bench.slot(0))}
+    assert given == {"baseline": 200, "prune": 1200, "distill+prune": 2200}, "the quality reference too"
+    bench.store.close()
 
 
 def test_switching_quality_leaves_training_alone(folder: Path) -> None:
