@@ -12,17 +12,26 @@ from tasks.cell import ModelSpec, digest
 from tasks.models.architectures import ARCHITECTURES
 
 POCKET = Path(__file__).parent / "pocket"
+# What `benchmatrix submit` ships lies beside our packages, wherever a node keeps those. A reference that begins so is
+# the same on every machine, and so are the ids of its cells.
+SHIPPED = "shipped:"
+SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "shipped"
 
 
 class ModelError(ValueError):
     """A model that cannot or must not be loaded; the message says what to do."""
 
 
+def located(reference: str) -> Path:
+    """Where the file or folder that a model's reference names lies on this machine."""
+    return SHIPPED_FOLDER / reference.removeprefix(SHIPPED) if reference.startswith(SHIPPED) else Path(reference)
+
+
 def checkpoint_folder(spec: ModelSpec) -> Path | None:
     """Folder of a local checkpoint, or None for models that have none."""
     if spec.source == "pocket":
         return POCKET
-    return Path(spec.reference) if spec.source == "path" else None
+    return located(spec.reference) if spec.source == "path" else None
 
 
 _CONTENT = (".safetensors", ".json", ".py", ".model", ".txt", ".jinja")
@@ -58,7 +67,7 @@ def random_config(reference: str) -> dict[str, Any]:
     if reference in ARCHITECTURES:
         architecture = ARCHITECTURES[reference]
         return {"model_type": architecture.model_type, "dtype": architecture.dtype, **architecture.config}
-    path = Path(reference)
+    path = located(reference)
     if not path.is_file():
         raise ModelError(f"random:{reference} is neither a named architecture ({', '.join(ARCHITECTURES)}) nor a file")
     config = _json_object(path)

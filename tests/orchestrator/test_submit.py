@@ -1,0 +1,184 @@
+"""`submit`, `status --address` and the metrics against a real head with a job server, a token and its own folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.backends, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[2]
+SENTINEL = "hf_sentinel_0123456789abcdef"
+NETS = """
+import layers, torch
+
+def make():
+    return layers.Layer(), lambda batch, device, seed: torch.ones(batch, 8, device=device)
+"""
+LAYERS = """
+import torch
+
+class Layer(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+"""
+SWEEP = """
+name: shipped
+models:
+  - {id: mine, path: ./checkpoint}
+  - {id: net, factory: "nets:make"}
+workloads:
+  - {kind: forward, batch_size: 1}
+  - {kind: prefill, batch_size: 1, sequence_length: 16}
+exclude:
+  - {model: net, workload: {kind: prefill}}
+  - {model: mine, workload: {kind: forward}}
+optimizations: [baseline]
+rounds: %d
+quality: false
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """`ray start --head` with the job server on loopback; nothing of another Ray on this machine is touched."""
+    folder = Path(tempfile.mkdtemp(prefix="bm-head-", dir="/tmp"))
+    token = secrets.token_hex(32)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {
+        **kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_metrics_report_interval_ms": "1000", "HOME": str(folder),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    gcs, dashboard, metrics = free_port(), free_port(), free_port()
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={gcs}",
+        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={metrics}",
+        f"--ray-client-server-port={free_port()}", "--num-cpus=1", "--num-gpus=0", "--labels", "bench/hw=cpu",
+        f"--temp-dir={folder / 'ray'}", f"--object-store-memory={80 * 2**20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    found = SimpleNamespace(
+        url=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{gcs}", metrics=f"http://127.0.0.1:{metrics}/metrics",
+        environment=environment, folder=folder, token=token,
+    )  # fmt: skip
+    try:
+        await_head(found, process)
+        yield found
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def await_head(head: Any, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        try:
+            if get(f"{head.url}/api/version", head.token):
+                return
+        except OSError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(1.0)
+    raise AssertionError((head.folder / "head.log").read_text())
+
+
+def get(url: str, token: str | None = None) -> str:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.fixture
+def laptop(head: Any, tmp_path: Path) -> Any:
+    """A folder with a sweep, its factory and a checkpoint, and the command as it runs there."""
+    (tmp_path / "sweep.yaml").write_text(SWEEP % 1)
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "layers.py").write_text(LAYERS)
+    pocket = ROOT / "tasks" / "models" / "pocket"
+    (tmp_path / "checkpoint").mkdir()
+    for file in pocket.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / "checkpoint" / file.name)
+    environment = {**head.environment, "HOME": os.environ["HOME"], "HF_TOKEN": SENTINEL, "PYTHONPATH": str(ROOT)}
+
+    def start(*arguments: object, **changes: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *map(str, arguments)], cwd=tmp_path, text=True,
+            env={**environment, **changes}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    return SimpleNamespace(start=start, folder=tmp_path, sweep=tmp_path / "sweep.yaml")
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> str:
+    output, _ = process.communicate(timeout=timeout_s)
+    return output
+
+
+def read_until(process: subprocess.Popen[str], pattern: str, timeout_s: float = 240) -> str:
+    assert process.stdout is not None
+    deadline, text = time.monotonic() + timeout_s, ""
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        text += line
+        if re.search(pattern, line):
+            return text
+        if not line and process.poll() is not None:
+            break
+    raise AssertionError(f"{pattern!r} did not come:\n{text}")
+
+
+def jobs(head: Any) -> list[dict[str, Any]]:
+    return [job for job in json.loads(get(f"{head.url}/api/jobs/", head.token)) if job["metadata"]]
+
+
+def test_a_sweep_with_its_own_files_runs_there_and_is_followed_to_the_end(head: Any, laptop: Any) -> None:
+    from analysis import load
+
+    out = head.folder / "out-files"
+    output = finish(laptop.start("submit", laptop.sweep, "--address", head.url, "--out", out))
+    assert ": succeeded" in output, output
+    rows = load(out)
+    assert dict(zip(rows["model"], rows["outcome"], strict=True)) == {"mine": "ok", "net": "ok"}
+    assert set(rows["hardware"]) == {"cpu"}
+    # the cells do not depend on where the files lay on the laptop or lie on the node
+    assert "shipped:models/mine" in (out / "sweep.yaml").read_text()
+    (job,) = [job for job in jobs(head) if job["metadata"]["benchmatrix_out"] == str(out)]
+    assert job["driver_exit_code"] == 0
+    for text in (json.dumps(job), output, *(file.read_text(errors="replace") for file in out.rglob("*") if file.is_file())):
+        assert SENTINEL not in text and head.token not in text
+
+    again = finish(laptop.start("submit", laptop.sweep, "--address", head.url, "--out", out))
+    assert ": succeeded" in again, again
+    assert "2 runs are there already" in again
+    assert len(load(out)) == 2
