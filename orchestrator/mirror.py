@@ -20,6 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import psutil
 
@@ -34,6 +35,7 @@ INTERVAL_S = 10.0
 CLAIM_S = 180.0
 _STATE = ".mirror.json"
 _CLOSING_TRIES = 3
+_BLOCK_BYTES = 64 * 1024
 _Stamp = tuple[int, int]  # modification time in ns, bytes
 
 
@@ -125,18 +127,13 @@ class Mirror:
         if not path.exists():
             return
         with path.open("rb") as file:
-            start = self._journal_bytes - self._journal_bytes % SEGMENT_BYTES
-            while True:
+            end = _end_of_records(file)
+            while self._journal_bytes < end:
+                start = self._journal_bytes - self._journal_bytes % SEGMENT_BYTES
                 file.seek(start)
-                data = file.read(SEGMENT_BYTES)
-                if len(data) < SEGMENT_BYTES:
-                    data = data[: data.rfind(b"\n") + 1]  # a record that is being written now comes next time
-                if start + len(data) > self._journal_bytes:
-                    self._remote.write(f"{JOURNAL}/{start // SEGMENT_BYTES:06d}.jsonl", data)
-                    self._journal_bytes = start + len(data)
-                if len(data) < SEGMENT_BYTES:
-                    return
-                start += SEGMENT_BYTES
+                data = file.read(min(SEGMENT_BYTES, end - start))
+                self._remote.write(f"{JOURNAL}/{start // SEGMENT_BYTES:06d}.jsonl", data)
+                self._journal_bytes = start + len(data)
 
     def _copy_file(self, name: str) -> None:
         path = self.directory / name
@@ -247,6 +244,19 @@ def is_claimed(remote: RemoteFolder) -> bool:
     """Whether a driver that lives writes there."""
     holder = read_claim(remote)
     return holder is not None and not _is_dead(holder)
+
+
+def _end_of_records(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole record: one that is being written now comes next time."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - _BLOCK_BYTES, 0)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _stamp(path: Path) -> _Stamp:

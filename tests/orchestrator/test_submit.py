@@ -182,3 +182,87 @@ def test_a_sweep_with_its_own_files_runs_there_and_is_followed_to_the_end(head: 
     assert ": succeeded" in again, again
     assert "2 runs are there already" in again
     assert len(load(out)) == 2
+
+
+def test_the_same_command_follows_the_running_job_and_another_is_refused(head: Any, laptop: Any) -> None:
+    out = head.folder / "out-twice"
+    laptop.sweep.write_text(SWEEP % 6)
+    command = ("submit", laptop.sweep, "--address", head.url, "--out", out, "--set", "profile=standard")
+    first = laptop.start(*command)
+    job_id = re.search(r"job (\S+) on", read_until(first, r"^job \S+ on")).group(1)  # type: ignore[union-attr]
+    read_until(first, r"\bok\b")  # the first row: the sweep is under way
+    first.send_signal(signal.SIGINT)
+    output = finish(first)
+    assert first.returncode == 0 and "detached" in output, output
+
+    other = laptop.start("submit", laptop.sweep, "--address", head.url, "--out", out)
+    refused = finish(other)
+    assert other.returncode == 2
+    assert f"job {job_id} writes {out} now" in refused and len(refused.splitlines()) == 1, refused
+
+    for address in (head.address, head.url):  # Ray's own port, and the job server's
+        state = finish(laptop.start("status", "--address", address))
+        assert re.search(rf"run \S+ of shipped: under way; results {out} on", state), state
+        assert re.search(r"\d+ runs done: \d+ ok, \d+ left", state), state
+        assert re.search(r"/cpu \(cpu\): (mine|net) .* round \d", state) or "starting" in state, state
+        assert re.search(r"^  cpu: .* left, about \d+", state, re.M), state
+    counted = exported(head, "benchmatrix_runs", outcome="ok", hardware="cpu")
+    assert counted >= 1
+    assert exported(head, "benchmatrix_runs_left", hardware="cpu") >= 1
+
+    second = laptop.start(*command)
+    read_until(second, f"job {job_id} does this already")
+    stop(head, job_id)
+    output = finish(second)
+    assert second.returncode == 130 and f"job {job_id}: stopped" in output, output
+    assert len({job["submission_id"] for job in jobs(head) if job["metadata"]["benchmatrix_out"] == str(out)}) == 1
+
+
+def test_the_exit_status_is_that_of_run(head: Any, laptop: Any) -> None:
+    out = head.folder / "out-status"
+    laptop.sweep.write_text(SWEEP % 1)
+    missing = laptop.start("submit", laptop.sweep, "--address", head.url, "--out", out, "--set", "hardware=[h100]")
+    output = finish(missing)
+    assert missing.returncode == 1 and "no device is tagged 'h100'" in output, output
+    bad = laptop.start("submit", "no-such-sweep", "--address", head.url, "--out", out)
+    assert "no such file" in finish(bad) and bad.returncode == 2
+    locked = out / "journal.jsonl"
+    assert locked.exists()
+    denied = laptop.start("submit", laptop.sweep, "--address", head.url, "--out", "/proc/nowhere")
+    output = finish(denied)
+    assert denied.returncode == 2 and "Cannot write /proc/nowhere" in output, output
+
+
+def test_without_the_token_nothing_is_taken(head: Any, laptop: Any) -> None:
+    for changes in ({"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}):
+        process = laptop.start("submit", laptop.sweep, "--address", head.url, "--out", "/nowhere", **changes)
+        output = finish(process)
+        assert process.returncode == 2 and "no Ray dashboard can be used at" in output, output
+        assert len(output.splitlines()) == 1, output
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        get(f"{head.url}/api/jobs/")
+    refused = laptop.start("nodes", "--address", head.address, RAY_AUTH_TOKEN="f" * 64)
+    output = finish(refused)
+    assert refused.returncode == 2 and "is RAY_AUTH_TOKEN the cluster's?" in output, output
+
+
+def exported(head: Any, name: str, **labels: str) -> float:
+    """The sum of a metric's series with these labels, from the node's own endpoint; waits for the next report."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = []
+        for line in get(head.metrics).splitlines():
+            match = re.fullmatch(rf"ray_{name}(?:_total)?\{{(.*)\}} (\S+)", line)
+            if match and all(f'{key}="{value}"' in match.group(1) for key, value in labels.items()):
+                found.append(float(match.group(2)))
+        if found:
+            return sum(found)
+        time.sleep(1.0)
+    raise AssertionError([line for line in get(head.metrics).splitlines() if "benchmatrix" in line])
+
+
+def stop(head: Any, job_id: str) -> None:
+    request = urllib.request.Request(
+        f"{head.url}/api/jobs/{job_id}/stop", method="POST", headers={"Authorization": f"Bearer {head.token}"}
+    )
+    urllib.request.urlopen(request, timeout=30).close()
