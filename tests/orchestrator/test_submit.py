@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,7 +175,8 @@ def test_a_sweep_with_its_own_files_runs_there_and_is_followed_to_the_end(head: 
     assert "shipped:models/mine" in (out / "sweep.yaml").read_text()
     (job,) = [job for job in jobs(head) if job["metadata"]["benchmatrix_out"] == str(out)]
     assert job["driver_exit_code"] == 0
-    for text in (json.dumps(job), output, *(file.read_text(errors="replace") for file in out.rglob("*") if file.is_file())):
+    files = [file.read_text(errors="replace") for file in out.rglob("*") if file.is_file()]
+    for text in (json.dumps(job), output, *files):
         assert SENTINEL not in text and head.token not in text
 
     again = finish(laptop.start("submit", laptop.sweep, "--address", head.url, "--out", out))

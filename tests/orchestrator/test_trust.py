@@ -83,9 +83,7 @@ def test_no_object_of_the_measured_code_reaches_the_driver(finished: Any) -> Non
     assert not finished.marker.exists()
 
 
-def test_the_runner_answers_with_plain_data_only(
-    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.runner import HOME, Runner
     from tasks.probe import probe
 
@@ -146,15 +144,15 @@ with connect():
             [sys.executable, "-c", self.CODE], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert process.stdout is not None and process.stdin is not None
-        yield process.pid, json.loads(process.stdout.readline())
+        yield json.loads(process.stdout.readline())
         process.stdin.close()
         process.wait(60)
         process.stdout.close()
 
     def test_it_has_no_dashboard_and_takes_no_stranger(self, instance: Any) -> None:
-        pid, facts = instance
+        facts = instance
         assert not facts["dashboard"]
-        code = "import ray, logging; ray.init(address='%s', logging_level=logging.ERROR)" % facts["gcs"]
+        code = f"import ray; ray.init(address={facts['gcs']!r}, logging_level='ERROR')"
         for token in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
             kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
             stranger = subprocess.run(

@@ -11,7 +11,9 @@ TOKEN = "hf_abcdefghijklmnop"
 
 
 def test_values_of_variables_named_like_secrets() -> None:
-    secrets = Secrets({"HOME": "/nowhere", "HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": f"{TOKEN}/longer", "LANG": "C.UTF-8-long"})
+    secrets = Secrets(
+        {"HOME": "/nowhere", "HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": f"{TOKEN}/longer", "LANG": "C.UTF-8-long"}
+    )
     assert secrets.hide(f"a {TOKEN}/longer b {TOKEN}") == "a <AWS_SECRET_ACCESS_KEY> b <HF_TOKEN>"
     assert secrets.hide("C.UTF-8-long") == "C.UTF-8-long"
 
