@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tasks.device import DeviceInfo
+from tasks.device import HEAD_TAG, DeviceInfo
 from tasks.environment import git_revision
 from tasks.probe import NodeReport, probe
 
@@ -42,12 +42,12 @@ class Node:
 
     @property
     def cpu_only(self) -> bool:
-        return not any(is_accelerator(device) for device in self.devices)
+        return bool(self.devices) and not any(is_accelerator(device) for device in self.devices)
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Accelerators that Ray does not know of are left alone: the node was started without them."""
-        known = self.report.devices
+        known = [device for device in self.report.devices if device.tag != HEAD_TAG]
         return tuple(device for device in known if self.accelerators or not is_accelerator(device))
 
 
@@ -144,6 +144,8 @@ class Inventory:
             if answer[what] != here:
                 raise VersionMismatch(f"it runs {what} {answer[what]} and this driver {here}: both must be equal")
         report = NodeReport.from_dict(answer["report"])
+        if declared_tag(entry) == HEAD_TAG:
+            report = replace(report, devices=tuple(replace(device, tag=HEAD_TAG) for device in report.devices))
         ours = git_revision()
         if ours and report.git_revision and report.git_revision != ours:
             text = f"it has revision {report.git_revision[:12]} of this project and the driver {ours[:12]}: update one"

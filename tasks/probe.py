@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tasks import host
-from tasks.device import DeviceInfo, hardware_tag, tag_matches
+from tasks.device import HEAD_TAG, DeviceInfo, hardware_tag, tag_matches
 from tasks.environment import git_revision, this_machine_key, version
 from tasks.gpu import Gpu
 from tasks.nvml import gpus
@@ -175,6 +175,8 @@ def _simulated(tag: str, index: int, cpu: DeviceInfo) -> DeviceInfo:
 
 def _disagreements(tag: str | None, declared: int | None, found: Sequence[DeviceInfo]) -> list[str]:
     sentences: list[str] = []
+    if tag == HEAD_TAG:
+        return sentences
     others = sorted({device.tag for device in found if tag not in (None, "cpu") and not tag_matches(tag, device.tag)})
     if others:
         sentences.append(f"it was declared as {tag} but NVML finds {', '.join(others)}: correct its label")

@@ -124,6 +124,12 @@ def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
         for name in set(map(str, weight_map.values())):
             if Path(name).name != name:
                 raise ModelError(f"{index}: weight file {name!r} is not inside {folder}: refused")
-    config = _json_object(folder / "config.json")
-    if "auto_map" in config and not trust_remote_code:
-        raise ModelError(f"{folder}: the checkpoint brings its own code; set trust_remote_code: true for it if you do")
+            if not name.endswith(".safetensors"):
+                raise ModelError(f"{index}: weight file {name!r} is no safetensors file and could run code: refused")
+    for file in [] if trust_remote_code else sorted(folder.glob("*.json")):
+        # also of tokenizers and processors; large vocabularies are no configurations
+        if file.name.endswith("config.json") and "auto_map" in _json_object(file):
+            raise ModelError(
+                f"{folder}: the checkpoint brings its own code ({file.name}); set trust_remote_code: true for it "
+                "if you do"
+            )

@@ -72,19 +72,20 @@ def head() -> Iterator[Any]:
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_metrics_report_interval_ms": "1000", "HOME": str(folder),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    gcs, dashboard, metrics = free_port(), free_port(), free_port()
+    gcs, dashboard, metrics, agent, client = (free_port() for _ in range(5))
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={gcs}",
         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
-        f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={metrics}",
-        f"--ray-client-server-port={free_port()}", "--num-cpus=1", "--num-gpus=0", "--labels", "bench/hw=cpu",
+        f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+        f"--ray-client-server-port={client}", "--num-cpus=1", "--num-gpus=0", "--labels", "bench/hw=cpu",
         f"--temp-dir={folder / 'ray'}", f"--object-store-memory={80 * 2**20}", "--disable-usage-stats",
     ]  # fmt: skip
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     found = SimpleNamespace(
         url=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{gcs}", metrics=f"http://127.0.0.1:{metrics}/metrics",
-        environment=environment, folder=folder, token=token,
+        environment=environment, folder=folder, token=token, agent=f"http://127.0.0.1:{agent}",
+        client=f"ray://127.0.0.1:{client}",
     )  # fmt: skip
     try:
         await_head(found, process)
@@ -242,6 +243,18 @@ def test_without_the_token_nothing_is_taken(head: Any, laptop: Any) -> None:
         assert len(output.splitlines()) == 1, output
     with pytest.raises(urllib.error.HTTPError, match="401"):
         get(f"{head.url}/api/jobs/")
+    job = json.dumps({"entrypoint": "touch /nowhere"}).encode()
+    for url in (f"{head.url}/api/jobs/", f"{head.agent}/api/job_agent/jobs/"):
+        request = urllib.request.Request(url, data=job, headers={"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request, timeout=30)
+    stranger = {name: value for name, value in head.environment.items() if not name.startswith("RAY_")}
+    code = f"import ray; ray.init({head.client!r}); print('came in', ray.get(ray.remote(lambda: 1).remote()))"
+    entered = subprocess.run(
+        [sys.executable, "-c", code], env={**stranger, "RAY_AUTH_MODE": "disabled"}, text=True, capture_output=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert entered.returncode != 0 and "came in" not in entered.stdout, entered.stdout
     refused = laptop.start("nodes", "--address", head.address, RAY_AUTH_TOKEN="f" * 64)
     output = finish(refused)
     assert refused.returncode == 2 and "is RAY_AUTH_TOKEN the cluster's?" in output, output

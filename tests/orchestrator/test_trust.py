@@ -138,6 +138,20 @@ with connect():
     sys.stdin.read()
 """
 
+    def test_it_starts_with_its_token_also_where_ray_was_imported_before(self, tmp_path: Path) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        code = (
+            "import ray; from ray._raylet import get_authentication_mode as mode\n"
+            "from orchestrator.connection import connect\n"
+            "with connect(): print(int(mode()))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=200, check=False,
+            env={**kept, "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert done.stdout.strip() == "1", done.stderr[-800:]
+        assert not done.stderr and not (tmp_path / ".ray").exists()
+
     @pytest.fixture
     def instance(self) -> Any:
         process = subprocess.Popen(
