@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo test test-slow test-backends test-gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/benchmatrix run quickstart
@@ -13,6 +13,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# the extras need most of a gigabyte more: only these tests install them
+test-backends: .venv/backends
+	$(BIN)/pytest -m backends
 
 test-gpu: .venv/installed
 	$(BIN)/pytest -m gpu
@@ -28,6 +32,10 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/backends: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quality,cluster]'
 	touch $@
 
 clean:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from analysis.errors import AnalysisError, NoRows
-from analysis.uri import is_uri, local_folder
 from tasks.row import CORE, Outcome
+from tasks.uri import is_uri, local_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
     Raises:
         NoRows: a folder holds no rows, or none of the plan's.
         AnalysisError: a folder is missing, or a part cannot be read.
+        UriError: an object store cannot be reached.
     """
     import pandas as pd
 

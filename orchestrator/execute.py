@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from analysis.uri import check_uri, is_uri
 from orchestrator.expand import PlannedCell
 from orchestrator.interrupt import EXIT_INTERRUPTED, Stop
 from orchestrator.planning import local_tag, planned_cells, read_sweep
 from orchestrator.sweep import Sweep, SweepError, make_sweep
 from tasks.probe import probe
 from tasks.secrets import Secrets
+from tasks.uri import check_uri, is_uri
 
 EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")

@@ -24,10 +24,10 @@ from typing import BinaryIO
 
 import psutil
 
-from analysis.uri import DRIVER, JOURNAL, RemoteFolder, UriError, journal_segments
 from orchestrator.durable import StoreError, StoreLocked, utc_now, write_atomically
 from orchestrator.runner import cache_folder
 from tasks.cell import digest
+from tasks.uri import DRIVER, JOURNAL, RemoteFolder, UriError, journal_segments
 
 SEGMENT_BYTES = 4 * 2**20
 INTERVAL_S = 10.0

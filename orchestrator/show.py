@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from analysis.uri import JOURNAL, RemoteFolder, is_uri, journal_segments, local_folder
 from orchestrator.durable import StoreError
 from orchestrator.journal import read_journal
 from orchestrator.progress import duration
+from tasks.uri import JOURNAL, RemoteFolder, is_uri, journal_segments, local_folder
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from analysis.uri import UriError, check_uri, is_uri
 from orchestrator.staging import Staged
 from tasks.cell import digest
 from tasks.environment import REVISION_VARIABLE, git_revision
+from tasks.uri import UriError, check_uri, is_uri
 
 NEEDS = "this needs Ray's job client: pip install 'ray[default]>=2.57.1' (or this project with its extra 'cluster')"
 # `ray job stop` sends SIGTERM and, without this, SIGKILL 3 s later: too soon to finish the running cells.

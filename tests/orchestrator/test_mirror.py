@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from analysis import load, load_plan, load_samples
-from analysis.uri import DRIVER, RemoteFolder, UriError, check_uri
 from orchestrator import mirror as module
 from orchestrator.durable import StoreError, StoreLocked
 from orchestrator.journal import read_journal
 from orchestrator.mirror import Mirror
 from orchestrator.store import Store
 from tasks.job import RunResult
+from tasks.uri import DRIVER, RemoteFolder, UriError, check_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "key-1"

@@ -93,7 +93,7 @@ def test_too_much_is_refused_with_the_limit_and_what_to_do(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "LIMIT_BYTES", 2_000_000)
-    with pytest.raises(SweepError, match=r"at most 2 MB .* needs 3 MB, 3 MB of it .*checkpoint.*--no-ship"):
+    with pytest.raises(SweepError, match=r"at most 2 MB .* needs 9 MB, 9 MB of it .*checkpoint.*--no-ship"):
         stage(sweep(tmp_path, "[{id: mine, path: ./checkpoint}]"))
 
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.errors import AnalysisError
-
 JOURNAL, DRIVER = "journal", "_driver.json"  # what a remote folder has besides the files of a local one
 _ATTEMPTS = 3
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.S)
 SCHEMES = ("s3", "gs", "file")
 
 
-class UriError(AnalysisError):
+class UriError(ValueError):
     """A URI that cannot be used, or a store that cannot be reached; one sentence."""
 
 
