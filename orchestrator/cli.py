@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
