@@ -27,14 +27,19 @@ def needed_bytes(table: pd.DataFrame) -> pd.Series[float]:
     peaks = ("peak_reserved_bytes", "peak_allocated_bytes_load", "peak_allocated_bytes_warmup")
     reserved = pd.concat([numbers(table, name) for name in peaks], axis=1).max(axis=1)
     paged = numbers(table, "optimizer_paged_bytes").fillna(0)
-    besides = (numbers(table, "non_torch_bytes").fillna(0) - paged).clip(lower=0)
+    besides = numbers(table, "non_torch_bytes").sub(paged).clip(lower=0).fillna(0)
     return (reserved + besides).where(numbers(table, "peak_reserved_bytes").notna())
 
 
 def fits(table: pd.DataFrame) -> list[str]:
-    """`24 GB` for each training cell that was measured on a device, empty for all others and for what fits on none."""
+    """`24 GB` for each training cell that was measured on a device, empty for all others and for what fits on none.
+
+    `at least 24 GB` where a container hides what the process needs besides: the CUDA context alone is some 0.5 GB.
+    """
     trained = numbers(table, "optimizer_state_bytes").notna()
-    return [_smallest(need) if train else "" for need, train in zip(needed_bytes(table), trained, strict=True)]
+    whole = numbers(table, "non_torch_bytes").notna()
+    found = zip(needed_bytes(table).map(_smallest), trained, whole, strict=True)
+    return [(size if known or not size else f"at least {size}") if train else "" for size, train, known in found]
 
 
 def _smallest(need: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,16 @@ FAMILIES: tuple[str, ...] = (
     "decode-loop",
     "control",
 )
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this says that memory ran out, of a device or of the host."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 class Unsupported(Exception):
@@ -97,7 +108,8 @@ class Optimization(ABC):
     Class attributes: `name` (as in a stack), `family` (one of `FAMILIES`; two of one family exclude each other),
     `summary` (one line for `benchmatrix list`), `needs`, `options` (allowed option names with their defaults; the
     type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
-    must run in an executed, not a forked process, since something is read at import) and `freezes_weights` (training
+    must run in an executed, not a forked process, since something is read at import), `lossy_cache` (keys and
+    values are not kept exactly, so that quality on whole sequences says nothing) and `freezes_weights` (training
     leaves the model's own weights as they are, so that they can be held in half precision or compressed).
     """
 
@@ -108,6 +120,7 @@ class Optimization(ABC):
     options: ClassVar[dict[str, Scalar]] = {}
     choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
     executed: ClassVar[bool] = False
+    lossy_cache: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:

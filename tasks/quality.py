@@ -123,6 +123,9 @@ def judge(session: Session) -> QualityReading | Missing:
         return Missing(reason="judged on inference cells of models only")
     if loaded.make_inputs is not None:
         return Missing(reason="a factory's module has no reference text")
+    lossy = [technique.name for technique, _ in session.techniques if technique.lossy_cache]
+    if lossy:
+        return Missing(reason=f"judged on whole sequences without a KV cache, where {lossy[0]} loses nothing")
     root = Path(job.artifact_dir)
     found = find(reference_spec(job), root)
     if found is None:

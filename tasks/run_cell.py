@@ -18,7 +18,7 @@ from tasks.compilation import compilation
 from tasks.identity import job_columns
 from tasks.job import CellJob
 from tasks.metric import Metric, Missing, Phase
-from tasks.optimization import Unsupported
+from tasks.optimization import Evidence, Unsupported, out_of_memory
 from tasks.registry import metric_classes
 from tasks.row import Outcome, Row
 from tasks.session import Session
@@ -92,7 +92,13 @@ class _Life:
         self.row.invalidate(*session.step.problems())
         found: dict[str, Any] = {}
         for technique, chosen in session.techniques:
-            evidence = technique.evidence(chosen, session)
+            try:
+                evidence = technique.evidence(chosen, session)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                # what was measured fitted; it is kept, unproven
+                evidence = Evidence(ok=False, facts={"out_of_memory": str(error)[:200]})
             found[str(chosen)] = {"ok": evidence.ok, **evidence.facts}
             if not evidence.ok:
                 self.row.invalidate(f"evidence_missing:{chosen.name}")
@@ -198,9 +204,6 @@ def _collector_off() -> Iterator[None]:
         gc.unfreeze()
 
 
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
-)
 _NO_KERNEL = re.compile(
     r"no available kernel|no viable backend|not implemented for|no kernel found|does not support an attention", re.I
 )
@@ -209,7 +212,7 @@ _NO_KERNEL = re.compile(
 def classify(error: Exception) -> tuple[Outcome, str]:
     """Outcome and one sentence for an exception of the measured code."""
     text = " ".join(str(error).split())[:500]
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
+    if out_of_memory(error):
         return Outcome.OOM, text or "host memory exhausted"
     if isinstance(error, (RuntimeError, NotImplementedError, ValueError)) and _NO_KERNEL.search(text):
         return Outcome.UNSUPPORTED, text

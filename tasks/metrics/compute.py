@@ -28,6 +28,11 @@ class Compute(Metric):
     name = "compute"
     columns = (
         Column(name="flops", type="float", doc="model FLOPs of one primary segment: a call, or one token of a batch"),
+        Column(
+            name="flops_least",
+            type="float",
+            doc="what a kernel that skips the masked half of causal attention executes",
+        ),
         Column(name="mfu", type="float", doc="flops over time and the measured matrix-product ceiling"),
         Column(name="mbu", type="float", doc="bytes that a token must read, over time and measured read bandwidth"),
     )
@@ -40,9 +45,15 @@ class Compute(Metric):
             self._read_bytes = bytes_read_per_token(session)
 
     def collect(self, session: Session) -> dict[str, Any]:
-        flops = _flops(session)
+        counted = _flops(session)
+        flops, least = (counted, counted) if isinstance(counted, Missing) else counted
         seconds = seconds_per_segment(session)
-        return {"flops": flops, "mfu": _mfu(session, flops, seconds), "mbu": self._mbu(session, seconds)}
+        return {
+            "flops": flops,
+            "flops_least": least,
+            "mfu": _mfu(session, flops, seconds),
+            "mbu": self._mbu(session, seconds),
+        }
 
     def _mbu(self, session: Session, seconds: float | None) -> float | Missing:
         ceiling = session.job.ceilings.get(READ)
@@ -99,7 +110,7 @@ def bytes_read_per_token(session: Session) -> float:
     return total + float(cache) * (prompt + new / 2) / (prompt + new)
 
 
-def _flops(session: Session) -> float | Missing:
+def _flops(session: Session) -> tuple[float, float] | Missing:
     """Count, or read what an earlier round of this model and workload point has counted on this node."""
     cell, loaded = session.job.cell, session.loaded
     if session.workload.needs_model and loaded is None:
@@ -113,27 +124,30 @@ def _flops(session: Session) -> float | Missing:
     # a pruned or distilled model is another one, whose arithmetic is its own
     made = [artifact.spec.key for artifact in session.artifacts.values() if artifact.spec.checkpoint]
     apart = ({"artifacts": made} if made else {}) | ({"frozen": True} if freezes_weights(cell) else {})
-    key = digest({**what, **apart, "workload": str(cell.workload), "convention": 2})
+    key = digest({**what, **apart, "workload": str(cell.workload), "convention": 3})
     kept = Path(session.job.artifact_dir) / "flops" / f"{key}.json"
     if session.job.artifact_dir and kept.exists():
-        return float(json.loads(kept.read_text()))
-    flops = count_flops(session)
-    if session.job.artifact_dir and not isinstance(flops, Missing):
+        flops, least = json.loads(kept.read_text())
+        return float(flops), float(least)
+    counted = count_flops(session)
+    if session.job.artifact_dir and not isinstance(counted, Missing):
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{session.job.run_id}.partial")
-        partial.write_text(json.dumps(flops))
+        partial.write_text(json.dumps(counted))
         partial.rename(kept)
-    return flops
+    return counted
 
 
-def count_flops(session: Session) -> float | Missing:
-    """FLOPs of one primary segment of the reference, on the meta device."""
+def count_flops(session: Session) -> tuple[float, float] | Missing:
+    """FLOPs of one primary segment of the reference, on the meta device: with causal attention as full, and as half."""
     point = session.job.cell.workload
     if point.kind == "attention":
         # two products forward; their backward pass is four, and a fused kernel's recomputation is no work of the model
         products = 2 if point["direction"] == "forward" else 6
         scores = point["batch_size"] * point["heads"] * point["sequence_length"] ** 2
-        return float(2 * products * scores * point["head_size"])
+        flops = float(2 * products * scores * point["head_size"])
+        length = point["sequence_length"]
+        return flops, flops * (length + 1) / (2 * length) if point["causal"] else flops
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,14 +167,18 @@ def count_flops(session: Session) -> float | Missing:
                 _language_flops(model, point["batch_size"], length, logits=0) for length in (middle, middle - 1)
             )
             head = 2.0 * int(point["batch_size"]) * int(model.get_output_embeddings().weight.numel())
-            return _attention_row(model, longer, shorter, point["batch_size"], middle) + head
+            quadratic, linear = _by_length(longer, shorter, middle)
+            flops = linear + quadratic * middle + head
+            return flops, flops
         if point.kind == "forward":
             size = point["image_size"]
             with counter:
                 model(torch.empty(point["batch_size"], 3, size, size))
-            return float(counter.get_total_flops())
+            flops = float(counter.get_total_flops())
+            return flops, flops
         if point.kind == "prefill":
-            return _language_flops(model, point["batch_size"], point["sequence_length"], logits=1)
+            flops = _language_flops(model, point["batch_size"], point["sequence_length"], logits=1)
+            return flops, flops - _masked(model, point)
         if point.kind == "train_step":
             if freezes_weights(session.job.cell):
                 # gradients of frozen weights are not computed; those of what lies between adapters are
@@ -168,7 +186,9 @@ def count_flops(session: Session) -> float | Missing:
                 model.get_input_embeddings().register_forward_hook(_requires_gradient)
             with counter:
                 _loss(model, point).backward()
-            return float(counter.get_total_flops())
+            flops = float(counter.get_total_flops())
+            # each product has two in the backward pass, whatever is frozen: attention has no weights
+            return flops, flops - (0.0 if hasattr(session.loaded.config, "num_channels") else 3 * _masked(model, point))
     return Missing(reason=f"nobody has said how to count {point.kind}")
 
 
@@ -198,16 +218,24 @@ def _token_inputs(batch: int, length: int) -> dict[str, Any]:
     }
 
 
-def _attention_row(model: Any, longer: float, shorter: float, batch: int, length: int) -> float:
-    """One token's share of a full pass over `length`: its linear layers, and attention over `length` keys.
+def _by_length(longer: float, shorter: float, length: int) -> tuple[float, float]:
+    """`(c, d)` of a full pass that costs c n^2 (attention) + d n, from its FLOPs at `length` and one token less.
 
-    Full attention costs c n^2 and the rest d n, so two neighbouring lengths give both: longer - shorter = d +
-    c (2 n - 1) and longer = c n^2 + d n; one token needs d + c n.
+    longer - shorter = d + c (2 n - 1) and longer = c n^2 + d n.
     """
     n = float(length)
     quadratic = (longer - n * (longer - shorter)) / (n**2 - n * (2 * n - 1))
-    linear = (longer - quadratic * n**2) / n
-    return linear + quadratic * n
+    return quadratic, (longer - quadratic * n**2) / n
+
+
+def _masked(model: Any, point: Any) -> float:
+    """FLOPs of a forward pass over a sequence that a causal mask throws away."""
+    length = int(point["sequence_length"])
+    if length < 2:
+        return 0.0
+    longer, shorter = (_language_flops(model, point["batch_size"], n, logits=0) for n in (length, length - 1))
+    quadratic, _ = _by_length(longer, shorter, length)
+    return quadratic * length * (length - 1) / 2
 
 
 def _requires_gradient(_module: Any, _inputs: Any, output: Any) -> None:

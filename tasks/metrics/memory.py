@@ -87,9 +87,7 @@ def reset_peaks(session: Session) -> bool:
 
     if session.on_cuda and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        if session.step is None or (session.settings.compile is None and session.settings.capture is None):
-            # with CUDA graphs alive the cache holds their pools, which must stay
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # pools of live CUDA graphs stay
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 class CacheKind(Optimization):
     """One kind of KV cache. `class_name` is the object that must be alive after a request, None for none at all.
 
-    `fixed`: made once and reset, at addresses that never change. `exact`: greedy tokens in fp32 do not depend on it.
+    `fixed`: made once and reset, at addresses that never change.
     """
 
     family = "kv-cache"
     needs = Needs(workloads=("decode",), model_kinds=("language",))
     class_name: ClassVar[str | None]
     fixed: ClassVar[bool] = False
-    exact: ClassVar[bool] = True
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
         """An empty cache of the model for `positions` tokens of each sequence."""

@@ -29,7 +29,7 @@ class QuantizedCacheKind(CacheKind):
     options = {"bits": 4, "backend": "quanto", "residual": 128}
     choices = {"bits": (2, 4, 8), "backend": ("quanto", "hqq")}
     class_name = "QuantizedCache"
-    exact = False
+    lossy_cache = True
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         refusal = super().unsupported(cell, device)

@@ -54,7 +54,7 @@ def cell_for(bench: Any, name: str, workload: str | None = None, precision: str 
 
 
 def keeps_tokens(technique: Optimization) -> bool:
-    return technique.family in ("kv-cache", "attention", "decode-loop") and getattr(technique, "exact", True)
+    return technique.family in ("kv-cache", "attention", "decode-loop") and not technique.lossy_cache
 
 
 def runs_here(bench: Any, cell: Cell) -> bool:
@@ -240,7 +240,7 @@ class TestEffect:
         family = optimizations()[name].family
         if workload == "decode" and family in ("precision", *ON_POCKET):
             pytest.skip("greedy tokens of a rounded model may part for good: prefill shows its logits")
-        if not getattr(optimizations()[name], "exact", True):
+        if optimizations()[name].lossy_cache:
             pytest.skip("does not claim the same tokens: its evidence is checked elsewhere")
         expected = reference(cell)  # a session of its own, which forgets what was compiled: before the other begins
         with bench.live(bench.job(cell)) as session:

@@ -10,9 +10,12 @@ from tasks.cell import ModelSpec
 from tasks.metric import Missing
 from tasks.metrics.compute import Compute, count_flops
 from tasks.models.identity import config_of
+from tasks.validity import invalid_reasons
 
 
-def counted(bench: Any, kind: str, model: ModelSpec | None = None, stack: str = "baseline", **axes: int) -> float:
+def counted(
+    bench: Any, kind: str, model: ModelSpec | None = None, stack: str = "baseline", least: bool = False, **axes: Any
+) -> float:
     """FLOPs as the metric counts them; the model itself is not needed, only its configuration."""
     import torch
 
@@ -26,9 +29,9 @@ def counted(bench: Any, kind: str, model: ModelSpec | None = None, stack: str = 
         data = config_of(model)
         assert data is not None
         session.loaded = LoadedModel(model=None, weights="random", config=hf_config(data))
-    flops = count_flops(session)
-    assert not isinstance(flops, Missing)
-    return flops
+    counted_flops = count_flops(session)
+    assert not isinstance(counted_flops, Missing)
+    return counted_flops[least]
 
 
 class Llama:
@@ -88,6 +91,29 @@ class TestClosedForm:
         model, form = known
         found = counted(bench, "train_step", model, batch_size=2, sequence_length=64)
         assert found == pytest.approx(3 * form.forward(2, 64, logits=64), rel=0.01)
+
+
+def test_masked_half_is_not_what_must_be_executed(bench: Any, known: tuple[ModelSpec, Llama]) -> None:
+    """A query sees itself and what stands before it: (n + 1) / 2n of full attention."""
+    model, form = known
+    axes = {"batch_size": 2, "sequence_length": 64}
+    masked = 2 * form.attention(64, 64) * 63 / 128
+    for kind, passes in (("prefill", 1), ("train_step", 3)):
+        full, least = (counted(bench, kind, model, least=which, **axes) for which in (False, True))
+        assert full - least == pytest.approx(passes * masked, rel=0.01)
+
+
+def test_masked_half_of_the_kernel(bench: Any) -> None:
+    axes = {"batch_size": 1, "heads": 2, "head_size": 16, "sequence_length": 128}
+    assert counted(bench, "attention", **axes, least=True) == counted(bench, "attention", **axes)
+    causal = {**axes, "causal": True}
+    assert counted(bench, "attention", **causal, least=True) == counted(bench, "attention", **axes) * 129 / 256
+
+
+@pytest.mark.parametrize(("mfu", "least", "reasons"), [(1.5, 0.5, []), (1.5, 1.0, ["above_compute_ceiling"])])
+def test_only_what_must_be_executed_can_be_too_fast(bench: Any, mfu: float, least: float, reasons: list[str]) -> None:
+    row = {"mfu": mfu, "mbu": None, "flops": 1e9, "flops_least": 1e9 * least, "hardware": "cpu"}
+    assert invalid_reasons(row, bench.device()) == reasons
 
 
 def test_resnet_50_is_the_published_figure(bench: Any) -> None:
@@ -159,7 +185,7 @@ class TestMetric:
         with bench.live(bench.job(cell, artifact_dir=str(tmp_path))) as session:
             first = Compute().collect(session)["flops"]
             (kept,) = (tmp_path / "flops").glob("*.json")
-            kept.write_text("123.0")
+            kept.write_text("[123.0, 100.0]")
             assert Compute().collect(session)["flops"] == 123.0 != first
 
     def test_factory_has_no_count(self, bench: Any) -> None:
