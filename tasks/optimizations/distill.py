@@ -143,9 +143,11 @@ def _refused(technique: Technique) -> str | None:
     if _number(technique, "seconds") < 0 or (not _number(technique, "seconds") and _number(technique, "steps") < 1):
         return "a budget of steps or seconds is needed"
     try:
-        return None if not student or random_config(student) else None
+        if student:
+            random_config(student)
     except (ModelError, OSError) as error:
         return str(error)
+    return None
 
 
 def _student(technique: Technique, session: Session, checkpoint: str | None) -> tuple[Any, dict[str, Any]]:

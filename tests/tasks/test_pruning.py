@@ -66,7 +66,7 @@ class TestSizes:
         from transformers import LlamaConfig
 
         config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-        with pytest.raises(Unsupported, match="cannot have 24 attention heads.*it can keep 1, 2, 4 of 8"):
+        with pytest.raises(Unsupported, match=r"cannot have 24 attention heads.*it can keep 1, 2, 4 of 8"):
             pruned_config(config, dataclasses.replace(sizes_of(config), heads=6))
 
 
