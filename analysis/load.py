@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from analysis.errors import AnalysisError, NoRows
 from tasks.row import CORE, Outcome
+from tasks.uri import is_uri, local_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,7 @@ NOT_PLANNED = "not_planned"
 
 
 def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
-    """Rows of one or several result folders, with a column `result_dir`.
+    """Rows of one or several result folders, paths or URIs (`s3://`, `gs://`), with a column `result_dir`.
 
     Integers are Int64, flags boolean, lists are lists (empty when null), other nulls are missing values; every core
     column is there. One row per (result_dir, cell_id, round): the newest. Rows that a changed sweep no longer matches
@@ -35,10 +36,11 @@ def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
     Raises:
         NoRows: a folder holds no rows, or none of the plan's.
         AnalysisError: a folder is missing, or a part cannot be read.
+        UriError: an object store cannot be reached.
     """
     import pandas as pd
 
-    frames = [_load_one(folder, reuse) for folder in _folders(directories)]
+    frames = [_load_one(name, folder, reuse) for name, folder in _folders(directories).items()]
     frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
     frame.attrs = {NOT_PLANNED: sum(part.attrs[NOT_PLANNED] for part in frames)}
     return frame
@@ -51,7 +53,7 @@ def load_samples(directory: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    folder = Path(directory) / "samples"
+    folder = local_folder(directory, "samples") / "samples"
     if not folder.is_dir() or not _parts(folder):
         names = ("cell_id", "round", "result_key", "measured_in", "label", "values_ms", "ended_s")
         return pd.DataFrame({name: pd.Series(dtype="object") for name in names})
@@ -64,7 +66,7 @@ def load_plan(directory: str | Path) -> pd.DataFrame | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(directory) / "plan.parquet"
+    path = local_folder(directory, "plan.parquet") / "plan.parquet"
     if not path.is_file():
         return None
     try:
@@ -73,35 +75,41 @@ def load_plan(directory: str | Path) -> pd.DataFrame | None:
         raise AnalysisError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _folders(directories: Directories) -> list[Path]:
-    folders = [Path(item) for item in ([directories] if isinstance(directories, str | Path) else directories)]
+def _folders(directories: Directories) -> dict[str, Path]:
+    """Each folder's name as it was given, and where it can be read."""
+    given = [directories] if isinstance(directories, str | Path) else directories
+    folders = {str(item): local_folder(item, "rows") for item in given}
     if not folders:
         raise AnalysisError("no result folder was given")
-    for folder in folders:
+    for name, folder in folders.items():
+        if is_uri(name):
+            if not _parts(folder / "rows"):
+                raise NoRows(f"{name} holds no results: there is no Parquet file in its rows (has a run begun?)")
+            continue
         if not folder.is_dir():
             raise AnalysisError(f"{folder} is not a folder; give the --out folder of a run, such as results/quickstart")
         if not (folder / "rows").is_dir() or not _parts(folder / "rows"):
             raise NoRows(f"{folder} holds no results: {folder / 'rows'} has no Parquet file (has a run begun?)")
-    return list(dict.fromkeys(folders))
+    return folders
 
 
-def _load_one(folder: Path, reuse: Reuse) -> pd.DataFrame:
+def _load_one(name: str, folder: Path, reuse: Reuse) -> pd.DataFrame:
     import pandas as pd
 
     frame = _typed(_read(folder / "rows"))
     if frame.empty:
-        raise NoRows(f"{folder} holds no results: the Parquet files under {folder / 'rows'} are empty")
-    plan = load_plan(folder)
+        raise NoRows(f"{name} holds no results: the Parquet files of its rows are empty")
+    plan = load_plan(name)
     frame, not_planned = _as_planned(_complete(frame), plan, reuse)
     if frame.empty:
-        raise NoRows(f"{folder} holds no row of its plan: {not_planned} rows are of cells that the sweep had before")
+        raise NoRows(f"{name} holds no row of its plan: {not_planned} rows are of cells that the sweep had before")
     order = ["started_at", "attempt"]
     frame = frame.sort_values(order, kind="stable", na_position="first")
     frame = frame.drop_duplicates(["cell_id", "round", "result_key"], keep="last")
     frame = _without_stale(frame, plan, reuse)
     frame = frame.drop_duplicates(["cell_id", "round"], keep="last")
     frame = frame.sort_values("started_at", kind="stable").reset_index(drop=True)
-    added = pd.DataFrame({"result_dir": pd.Series(str(folder), index=frame.index, dtype="string")})
+    added = pd.DataFrame({"result_dir": pd.Series(name, index=frame.index, dtype="string")})
     if plan is not None and "rounds" in plan:
         rounds = plan.drop_duplicates("cell_id").set_index("cell_id")["rounds"]
         added["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")

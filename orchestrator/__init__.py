@@ -24,7 +24,7 @@ def run(
 
     Args:
         sweep: a path, the name of a shipped sweep, its content as a mapping, or a `Sweep`.
-        out: the result folder; default `results/<sweep>`.
+        out: the result folder or a URI such as `s3://bucket/results`; default `results/<sweep>`.
         address: a running Ray cluster; default a private instance on this machine.
         options: further fields of `orchestrator.execute.Options`.
 
@@ -33,4 +33,4 @@ def run(
     from orchestrator.execute import Options, execute
 
     source = str(sweep) if isinstance(sweep, Path) else sweep
-    return execute(source, Options(out=Path(out) if out else None, address=address, **options))
+    return execute(source, Options(out=out, address=address, **options))

@@ -46,7 +46,9 @@ AddressOption = Annotated[
     str | None, typer.Option(metavar="ADDR", help="A running Ray cluster; default: this machine.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
-OutOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Result folder; default results/<sweep>.")]
+OutOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Result folder, or s3://..., gs://...; default results/<sweep>.")
+]
 ReuseOption = Annotated[Reuse, typer.Option(help="When a stored row counts: exact, or versions to ignore them.")]
 RetryOption = Annotated[str, typer.Option(metavar="OUTCOMES", help="Measure stored rows of these outcomes again.")]
 WaitOption = Annotated[str, typer.Option(metavar="TIME", help="Wait this long for missing hardware: 30s, 10m, 2h.")]
@@ -132,7 +134,7 @@ def run(
     else:
         from orchestrator.show import print_results
 
-        print_results([finished.out])
+        print_results(finished.out, finished.where)
     raise typer.Exit(finished.status)
 
 
@@ -140,30 +142,60 @@ def run(
 def submit(
     sweep: SweepArgument,
     address: Annotated[str, typer.Option(metavar="ADDR", help="The cluster's dashboard, http://HOST:8265.")],
-    out: Annotated[str, typer.Option(metavar="PATH", help="Result folder as the cluster's head sees it.")],
+    out: Annotated[
+        str, typer.Option(metavar="PATH", help="Result folder as the cluster's head sees it, or s3://..., gs://...")
+    ],
     set_: SetOption = [],  # noqa: B006
     only: OnlyOption = None,
+    reuse: ReuseOption = Reuse.EXACT,
+    retry: RetryOption = "",
     wait_nodes: WaitOption = "0s",
+    parallel_gpus: ParallelOption = False,
+    ship: Annotated[
+        bool, typer.Option("--ship/--no-ship", help="Send local checkpoints along, or take paths as the nodes' own.")
+    ] = True,
 ) -> None:
-    """Run a sweep as a Ray job on a cluster and follow its log; Ctrl-C detaches without cancelling."""
-    from orchestrator.planning import read_sweep
+    """Run a sweep as a Ray job on a cluster and follow its log; Ctrl-C detaches without cancelling.
+
+    Local files that the sweep names go along, up to 100 MB. The same command follows the running job, or resumes.
+    """
+    from orchestrator.staging import stage
     from orchestrator.submit import Submission
     from orchestrator.submit import submit as submit_job
+    from orchestrator.sweep import load_sweep, parse_only
 
-    read_sweep(sweep, set_)
+    staged = stage(load_sweep(sweep, set_, elsewhere=not ship), checkpoints=ship)
     seconds(wait_nodes)
-    options = [part for item in set_ for part in ("--set", item)]
-    options += ["--only", only] if only else []
-    options += ["--wait-nodes", wait_nodes]
-    raise typer.Exit(submit_job(Submission(sweep=sweep, out=out, address=address, options=options), sys.stdout))
+    _outcomes(retry)
+    options = ["--reuse", reuse.value, "--wait-nodes", wait_nodes]
+    if only:
+        parse_only(only)
+        options += ["--only", only]
+    options += ["--retry", retry] if retry else []
+    options += ["--parallel-gpus"] if parallel_gpus else []
+    raise typer.Exit(submit_job(Submission(staged=staged, out=out, address=address, options=options), sys.stdout))
 
 
 @app.command()
-def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result folder.")]) -> None:
-    """What a result folder holds: done, failed and left, also while it is being written."""
-    from orchestrator.show import print_status
+def status(
+    directory: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A result folder, or s3://..., gs://...")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="A cluster instead: its head, or http://HOST:8265.")
+    ] = None,
+) -> None:
+    """What a result folder holds or a cluster runs: done, failed, running where, and the time left per hardware."""
+    if (directory is None) == (address is None):
+        raise typer.BadParameter("give a result folder, or --address of a cluster")
+    if address is not None:
+        from orchestrator.live import print_live
 
-    print_status(directory)
+        print_live(address, sys.stdout)
+    elif directory is not None:
+        from orchestrator.show import print_status
+
+        print_status(directory)
 
 
 @app.command()
@@ -228,7 +260,7 @@ def train(
 
 @app.command()
 def table(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
+    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
     format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,
     kind: Annotated[Kind, typer.Option(help="Configurations of one hardware, or one ratio per hardware.")] = (
         Kind.COMPARISON

@@ -9,9 +9,7 @@ from typing import Any
 
 import yaml
 
-from tasks.device import DeviceInfo, DeviceKind
-
-HEAD_TAG = "head"
+from tasks.device import HEAD_TAG, DeviceInfo, DeviceKind
 
 
 class ClusterFileError(ValueError):

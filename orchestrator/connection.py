@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,8 +110,11 @@ def _check_reachable(address: str) -> None:
 def _set_environment(*, local: bool) -> None:
     """What Ray reads before it is imported. Workers and their children inherit it from a local instance."""
     if local:
+        # Ray reads the mode when it is imported: where a program has done so before, Ray's own default applies, which
+        # is to ask for a token too. Set now, the mode would reach only Ray's other processes, which then refuse ours.
+        if "ray" not in sys.modules:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         # once per process: Ray keeps the first token that it has seen, also for a second instance
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells its settings so
         os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112

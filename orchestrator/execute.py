@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from orchestrator.durable import StoreError
 from orchestrator.expand import PlannedCell
 from orchestrator.interrupt import EXIT_INTERRUPTED, Stop
 from orchestrator.planning import local_tag, planned_cells, read_sweep
 from orchestrator.sweep import Sweep, SweepError, make_sweep
 from tasks.probe import probe
+from tasks.secrets import Secrets
+from tasks.uri import check_uri, is_uri
 
 EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")
@@ -26,9 +27,9 @@ _FINE = {"ok", "oom", "unsupported"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `benchmatrix run`."""
+    """The options of `benchmatrix run`. `out` is a folder, or a URI such as `s3://bucket/results`."""
 
-    out: Path | None = None
+    out: str | Path | None = None
     address: str | None = None
     overrides: tuple[str, ...] = ()
     only: str | None = None
@@ -42,11 +43,13 @@ class Options:
 class Finished:
     """How a sweep ended, over the cells that were asked for: `--only` leaves the others out of every count.
 
-    `outcomes` counts the newest row of every planned cell; `status` is the exit status.
+    `outcomes` counts the newest row of every planned cell; `status` is the exit status. `out` is a folder on this
+    machine, of a URI its working copy; `where` is what was asked for.
     """
 
     sweep: str
     out: Path
+    where: str
     outcomes: dict[str, int]
     planned: int
     runs: int
@@ -63,7 +66,7 @@ class Finished:
     def document(self) -> dict[str, Any]:
         """What `run --json` prints."""
         return {
-            "sweep": self.sweep, "out": str(self.out), "planned": self.planned, "outcomes": self.outcomes,
+            "sweep": self.sweep, "out": self.where, "planned": self.planned, "outcomes": self.outcomes,
             "runs": self.runs, "interrupted": self.interrupted, "seconds": round(self.seconds, 1),
             "status": self.status,
         }  # fmt: skip
@@ -72,23 +75,27 @@ class Finished:
 def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_to: TextIO | None = None) -> Finished:
     """Run what the result folder does not hold yet; raises `problems.bad_input` errors before anything starts."""
     loaded = _load(sweep, options)
-    out = options.out or RESULTS / loaded.name
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
-        where = str(out).replace(":/", "://", 1)
-        raise StoreError(f"--out {where}: results go to a folder that is mounted here; object stores are not supported")
+    where = str(options.out or RESULTS / loaded.name)
+    if is_uri(where):
+        check_uri(where)
     tag = local_tag(probe())
     planned = planned_cells(loaded, None, tag)
     # a wrong expression must be found before anything is started
     chosen = planned_cells(loaded, options.only, tag) if options.only else planned
     cells = _Cells(planned=planned, chosen={item.cell.cell_id for item in chosen})
+    from orchestrator.mirror import Mirror
     from orchestrator.store import Store
 
-    store = Store.open(out)
-    try:
-        store.write_sweep(loaded.to_yaml())
-        return _measure(loaded, cells, options, out, store, progress_to)
-    finally:
-        store.close()
+    with Mirror(where) if is_uri(where) else nullcontext() as mirror:
+        out = mirror.directory if mirror else Path(where)
+        store = Store.open(out)
+        store.repairs[:0] = mirror.repairs if mirror else []
+        try:
+            store.write_sweep(loaded.to_yaml())
+            results = _Results(out=out, where=where, store=store, mirror=mirror)
+            return _measure(loaded, cells, options, results, progress_to)
+        finally:
+            store.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +114,34 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
 
 
-def _measure(
-    sweep: Sweep, cells: _Cells, options: Options, out: Path, store: Any, progress_to: TextIO | None
-) -> Finished:
+@dataclass(frozen=True, kw_only=True)
+class _Results:
+    """Where the results go: the folder with its store, and what carries it to a URI, if that was asked for."""
+
+    out: Path
+    where: str
+    store: Any
+    mirror: Any
+
+
+def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, progress_to: TextIO | None) -> Finished:
     from orchestrator.connection import connect
     from orchestrator.dispatch import Dispatcher
     from orchestrator.inventory import Inventory
     from orchestrator.patience import PatientStore
     from orchestrator.progress import Progress
     from orchestrator.quiet import quiet
+    from orchestrator.watch import Watch
     from orchestrator.work import RunSettings, SweepWork
 
-    run, stop = _Run(), Stop()
+    run, stop, secrets, out, store = _Run(), Stop(), Secrets(), results.out, results.store
     with quiet(out / "log" / "driver.log") as terminal:
         stream = progress_to or terminal
         with Progress(0, stream) as progress:
             for repair in store.repairs:
                 progress.say(repair)
+            if results.mirror is not None:
+                results.mirror.say = progress.say
             # listening after connecting: Ray installs handlers of its own
             with connect(options.address) as connection, stop.listening(terminal, last_words=progress.stop):
                 patient = PatientStore(store, stopping=stop, say=progress.say)
@@ -132,7 +150,8 @@ def _measure(
                     retry=options.retry,
                 )  # fmt: skip
                 patient.note(
-                    "run", run_id=run.run_id, sweep=sweep.name, argv=sys.argv[1:], cells=len(cells.chosen),
+                    "run", run_id=run.run_id, sweep=sweep.name, cells=len(cells.chosen),
+                    argv=[secrets.hide(text) for text in sys.argv[1:]],
                     timeout_s=sweep.limits.cell_timeout_s,
                     address=connection.address, ray=connection.ray_version, python=platform.python_version(),
                     parallel_gpus=options.parallel_gpus,
@@ -141,16 +160,22 @@ def _measure(
                     cells.planned, patient, store.records, settings, only=cells.chosen,
                     settled=lambda row: progress.finished(None, row), write_plan=store.write_plan,
                 )  # fmt: skip
+                if not connection.local:
+                    named = {"run_id": run.run_id, "sweep": sweep.name, "out": results.where}
+                    progress.watch = Watch(named, work.left_by_hardware)
                 dispatcher = Dispatcher(
                     work=work, inventory=Inventory(), journal=patient, progress=progress, stopping=stop,
                     static=connection.local, parallel=options.parallel_gpus, wait_nodes_s=options.wait_nodes_s,
                     log_path=_log_paths(out) if connection.local else lambda slot_id: None,
                 )  # fmt: skip
                 dispatcher.run()
-            finished = Finished(
-                sweep=sweep.name, out=out, outcomes=dict(work.outcomes()), planned=len(cells.chosen),
-                runs=work.measured, interrupted=stop.asked, seconds=time.monotonic() - run.started,
-            )  # fmt: skip
+                finished = Finished(
+                    sweep=sweep.name, out=out, where=results.where, outcomes=dict(work.outcomes()),
+                    planned=len(cells.chosen), runs=work.measured, interrupted=stop.asked,
+                    seconds=time.monotonic() - run.started,
+                )  # fmt: skip
+                if progress.watch is not None:
+                    progress.watch.close(finished.status)
             patient.note("end", run_id=run.run_id, **finished.document())
     return finished
 

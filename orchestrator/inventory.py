@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tasks.device import DeviceInfo
+from tasks.device import HEAD_TAG, DeviceInfo
+from tasks.environment import git_revision
 from tasks.probe import NodeReport, probe
 
 HARDWARE_LABEL = "bench/hw"
@@ -41,12 +42,12 @@ class Node:
 
     @property
     def cpu_only(self) -> bool:
-        return not any(is_accelerator(device) for device in self.devices)
+        return bool(self.devices) and not any(is_accelerator(device) for device in self.devices)
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Accelerators that Ray does not know of are left alone: the node was started without them."""
-        known = self.report.devices
+        known = [device for device in self.report.devices if device.tag != HEAD_TAG]
         return tuple(device for device in known if self.accelerators or not is_accelerator(device))
 
 
@@ -65,7 +66,7 @@ class Inventory:
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self._probing: dict[str, tuple[Any, dict[str, Any], float]] = {}
-        self._refused: set[str] = set()
+        self.left_out: dict[str, str] = {}  # node id -> why nothing runs there
 
     def settle(self) -> Changes:
         """The first refresh: waits until every node that is alive now has been probed."""
@@ -93,7 +94,7 @@ class Inventory:
         for node_id in lost:
             del self.nodes[node_id]
         for node_id, entry in alive.items():
-            if node_id not in self.nodes and node_id not in self._probing and node_id not in self._refused:
+            if node_id not in self.nodes and node_id not in self._probing and node_id not in self.left_out:
                 self._probing[node_id] = (self._submit(entry), entry, time.monotonic() + PROBE_S)
         joined, messages = self._collect(alive)
         return Changes(joined=joined, lost=lost, messages=messages)
@@ -119,20 +120,22 @@ class Inventory:
             name = entry.get("NodeManagerHostname") or node_id[:6]
             if not ready:
                 if late:
-                    self._refused.add(node_id)
-                    messages.append(f"node {name} ({node_id[:6]}) did not answer within {PROBE_S:.0f} s: left out")
+                    messages.append(self._leave_out(node_id, name, f"it did not answer within {PROBE_S:.0f} s"))
                 continue
             try:
                 node = self._node(entry, ray.get(reference))
             except (ray.exceptions.RayError, VersionMismatch) as error:
-                self._refused.add(node_id)
                 text = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-                messages.append(f"node {name} ({node_id[:6]}) is left out: {text}")
+                messages.append(self._leave_out(node_id, name, text))
                 continue
             self.nodes[node_id] = node
             joined.append(node)
             messages += [f"node {name} ({node_id[:6]}): {text}" for text in node.report.disagreements]
         return joined, messages
+
+    def _leave_out(self, node_id: str, name: str, why: str) -> str:
+        self.left_out[node_id] = f"node {name} ({node_id[:6]}) is left out: {why}"
+        return self.left_out[node_id]
 
     def _node(self, entry: dict[str, Any], answer: dict[str, Any]) -> Node:
         import ray
@@ -140,11 +143,18 @@ class Inventory:
         for what, here in (("python", platform.python_version()), ("ray", str(ray.__version__))):
             if answer[what] != here:
                 raise VersionMismatch(f"it runs {what} {answer[what]} and this driver {here}: both must be equal")
+        report = NodeReport.from_dict(answer["report"])
+        if declared_tag(entry) == HEAD_TAG:
+            report = replace(report, devices=tuple(replace(device, tag=HEAD_TAG) for device in report.devices))
+        ours = git_revision()
+        if ours and report.git_revision and report.git_revision != ours:
+            text = f"it has revision {report.git_revision[:12]} of this project and the driver {ours[:12]}: update one"
+            report = replace(report, disagreements=(*report.disagreements, text))
         return Node(
             node_id=entry["NodeID"],
             address=entry["NodeManagerAddress"],
             accelerators=declared_accelerators(entry),
-            report=NodeReport.from_dict(answer["report"]),
+            report=report,
         )
 
 

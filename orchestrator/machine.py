@@ -25,12 +25,16 @@ def local_report() -> NodeReport:
 
 
 def print_nodes(address: str | None, *, as_json: bool) -> None:
-    """The nodes of a cluster, or this machine."""
-    reports, messages = [("local", local_report())], list[str]()
+    """The nodes of a cluster, or this machine; nodes that are left out are named with the reason."""
+    reports, messages, left_out = [("local", local_report())], list[str](), dict[str, str]()
     if address is not None:
-        reports, messages = _cluster(address)
+        reports, messages, left_out = _cluster(address)
     if as_json:
-        print(json.dumps([{"node": name, **report.to_dict()} for name, report in reports]))
+        found: list[dict[str, Any]] = [{"node": name, **report.to_dict()} for name, report in reports]
+        found += [
+            {"node": name, "left_out": text, "devices": [], "disagreements": [text]} for name, text in left_out.items()
+        ]
+        print(json.dumps(found))
         return
     from rich.table import Table
 
@@ -38,21 +42,23 @@ def print_nodes(address: str | None, *, as_json: bool) -> None:
 
     console = console_for(sys.stdout)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("node", "tag", "device", "memory", "host free", "driver", "python", "torch"):
+    for heading in ("node", "tag", "device", "memory", "free", "driver", "python", "ray", "torch"):
         table.add_column(heading, overflow="fold")
     for name, report in reports:
-        for device in report.devices:
+        versions = report.python, report.packages.get("ray", "-"), report.packages.get("torch", "-")
+        for device, free in zip(report.devices, report.free_bytes, strict=True):
             simulated = " (simulated)" if device.simulated else ""
             table.add_row(
                 f"{report.hostname} {name}", device.tag, f"{device.name}{simulated}", _gib(device.memory_bytes),
-                _gib(report.free_memory_bytes), device.driver or "-", report.python, device.packages.get("torch", "-"),
+                _gib(free), device.driver or "-", *versions,
             )  # fmt: skip
     console.print(table)
     for message in messages or [text for _, report in reports for text in report.disagreements]:
         print(message)
 
 
-def _cluster(address: str) -> tuple[list[tuple[str, NodeReport]], list[str]]:
+def _cluster(address: str) -> tuple[list[tuple[str, NodeReport]], list[str], dict[str, str]]:
+    """Reports by short node id, messages for the person, and the nodes that are left out."""
     from orchestrator.connection import connect
     from orchestrator.inventory import Inventory
     from orchestrator.quiet import quiet
@@ -60,7 +66,8 @@ def _cluster(address: str) -> tuple[list[tuple[str, NodeReport]], list[str]]:
     with quiet(Path(os.devnull)), connect(address):
         inventory = Inventory()
         messages = inventory.settle().messages
-        return [(node.short_id, node.report) for node in inventory.nodes.values()], messages
+        reports = [(node.short_id, node.report) for node in inventory.nodes.values()]
+        return reports, messages, {node_id[:6]: text for node_id, text in inventory.left_out.items()}
 
 
 def print_catalogue() -> None:

@@ -12,6 +12,7 @@ _ERRORS = {
     "orchestrator.sweep_document": ("SweepError",),
     "tasks.models.identity": ("ModelError",),
     "tasks.registry": ("RegistryError",),
+    "tasks.uri": ("UriError",),
 }
 
 

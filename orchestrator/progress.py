@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Group
 from rich.live import Live
@@ -15,6 +15,9 @@ from rich.text import Text
 
 from orchestrator.quiet import console_for
 from tasks.job import CellJob
+
+if TYPE_CHECKING:
+    from orchestrator.watch import Watch
 
 _STYLES = {"ok": "green", "oom": "yellow", "unsupported": "dim", "unplaced": "dim"}
 _RECENT = 5
@@ -41,6 +44,7 @@ class Progress:
         self._run_times: deque[float] = deque(maxlen=50)
         self._last_end: float | None = None
         use_live = self._console.is_terminal if live is None else live
+        self.watch: Watch | None = None
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if use_live else None
 
     def __enter__(self) -> Progress:
@@ -62,6 +66,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A message for the person, kept above the live view."""
+        if self.watch is not None:
+            self.watch.said(text)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def slot(self, slot_id: str, hardware: str, doing: str) -> None:
@@ -83,16 +92,20 @@ class Progress:
         self._outcomes[row["outcome"]] += 1
         if seconds is not None:
             self._run_times.append(seconds)
+        if self.watch is not None:
+            self.watch.finished(row, seconds)
         line = self._line(row)
         if slot_id is not None:
             self._lanes.pop(slot_id, None)
         if self._live is None:
-            self.say(line.plain)
+            self._print(line.plain)
         else:
             self._recent.append(line)
             self.refresh()
 
     def refresh(self) -> None:
+        if self.watch is not None:
+            self.watch.refresh({name: (lane.hardware, lane.doing, lane.since) for name, lane in self._lanes.items()})
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
 

@@ -17,14 +17,19 @@ from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.supervisor import Supervisor
 
+HOME = str(Path(__file__).resolve().parent.parent)
 _PREFIX = "benchmatrix-slot-"
 
 
 class Runner:
-    """One per slot, pinned to its node. `log_path` is a file on that node, or None for one beside the work folder."""
+    """One per slot, pinned to its node. `log_path` is a file on that node, or None for one beside the work folder.
 
-    def __init__(self, log_path: str | None) -> None:
+    `home` is where the driver has the project: what lies below it, shipped with a job, lies below this node's own copy.
+    """
+
+    def __init__(self, log_path: str | None, home: str) -> None:
         self._undone = undo_ray()
+        self._driver_home = home
         self._work = _work_folder()
         self._log_path = Path(log_path) if log_path else self._work / "slot.log"
         self._supervisor: Supervisor | None = None
@@ -52,7 +57,7 @@ class Runner:
         compile_cache = self._work / "compile" / CellJob.from_dict(job).cell.cell_id
         compile_cache.mkdir(parents=True, exist_ok=True)
         local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
-        result = self._supervisor.measure(CellJob.from_dict({**job, **local}))
+        result = self._supervisor.measure(CellJob.from_dict({**at_home(job, self._driver_home), **local}))
         return {"row": result.row, "samples": result.samples}
 
     def close(self) -> None:
@@ -83,13 +88,31 @@ def undo_ray() -> dict[str, Any]:
     }
 
 
+def at_home(job: dict[str, Any], driver_home: str, home: str = HOME) -> dict[str, Any]:
+    """The job with paths below the driver's copy of the project as paths below this node's. The cell is left alone."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [moved(item) for item in value]
+        if isinstance(value, str) and (value == driver_home or value.startswith(f"{driver_home}{os.sep}")):
+            return home + value[len(driver_home) :]
+        return value
+
+    return {name: moved(value) for name, value in job.items()}
+
+
 def artifact_folder() -> Path:
     """Where this node keeps what is made once and used by many cells (quality references)."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "benchmatrix" / "artifacts"
+    return cache_folder("artifacts")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of ours that outlives a run, below the user's cache where that can be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "benchmatrix" / name
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError:
-        base = Path(tempfile.gettempdir()) / "benchmatrix-artifacts"
+        base = Path(tempfile.gettempdir()) / f"benchmatrix-{name}"
         base.mkdir(parents=True, exist_ok=True)
     return base
 

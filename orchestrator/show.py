@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.durable import StoreError
 from orchestrator.journal import read_journal
 from orchestrator.progress import duration
+from tasks.uri import JOURNAL, RemoteFolder, is_uri, journal_segments, local_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from analysis.table import Table
 
 
-def print_results(directories: Sequence[Path]) -> None:
-    """What `run` ends with: comparison, trade-off where there are several kinds of hardware, coverage, the path."""
+def print_results(directory: Path, where: str) -> None:
+    """What `run` ends with: comparison, trade-off where there are several kinds of hardware, coverage, and `where`."""
     from analysis.errors import NoRows
 
     try:
-        frame, samples = _load(directories)
+        frame, samples = _load([directory])
     except NoRows as error:  # stopped before the first run had ended
         print(error)
         return
@@ -36,10 +37,10 @@ def print_results(directories: Sequence[Path]) -> None:
         print()
         _print(_tradeoff(frame), "terminal")
     print()
-    _print_coverage(directories, frame)
+    _print_coverage(directory, frame, where)
 
 
-def print_table(directories: Sequence[Path], kind: str, format_: str) -> None:
+def print_table(directories: Sequence[str], kind: str, format_: str) -> None:
     """One table of one or several result folders, in one format and nothing else."""
     frame, samples = _load(directories)
     if kind == "tradeoff":
@@ -66,18 +67,18 @@ def print_calibration(directory: Path) -> None:
         )
 
 
-def print_status(directory: Path) -> None:
+def print_status(directory: str) -> None:
     """Coverage, what runs now and where, and the time left per hardware tag; from the journal, so also from afar."""
     from analysis.errors import NoRows
 
-    state = read_state(directory)
+    state = read_state(_journal(directory), directory)
     left: dict[str, float] = {}
     try:
         frame, _ = _load([directory])
     except NoRows:
         print("no rows yet")
     else:
-        _print_coverage([directory], frame)
+        _print_coverage(directory, frame, directory)
         left = _seconds_left(directory, frame)
     if state.ended:
         print(f"last run {state.run_id}: ended {state.ended}")
@@ -101,8 +102,18 @@ class State:
     faults: list[str] = field(default_factory=list)
 
 
-def read_state(directory: Path) -> State:
-    path = directory / "journal.jsonl"
+def _journal(directory: str) -> Path:
+    """The journal as a file here; a remote one is put together from its parts."""
+    if not is_uri(directory):
+        return Path(directory) / "journal.jsonl"
+    copy = local_folder(directory, JOURNAL)
+    parts = journal_segments(str(path.relative_to(copy)) for path in copy.rglob("*.jsonl"))
+    if parts:
+        (copy / "journal.jsonl").write_bytes(b"".join((copy / part).read_bytes() for part in parts))
+    return copy / "journal.jsonl"
+
+
+def read_state(path: Path, directory: str) -> State:
     if not path.is_file():
         raise StoreError(f"{directory} is no result folder: it has no journal.jsonl.")
     state = State()
@@ -130,7 +141,7 @@ def read_state(directory: Path) -> State:
     return state
 
 
-def _load(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+def _load(directories: Sequence[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     from analysis.control import with_gate
     from analysis.load import load, load_samples
 
@@ -161,18 +172,18 @@ def _print(table: Table, format_: str) -> None:
         sys.stdout.write(render(table, format_))
 
 
-def _print_coverage(directories: Sequence[Path], frame: pd.DataFrame) -> None:
+def _print_coverage(directory: str | Path, frame: pd.DataFrame, where: str) -> None:
     from analysis.coverage import coverage
     from analysis.load import load_plan
 
-    counted = coverage(frame, load_plan(directories[0]) if len(directories) == 1 else None)
+    counted = coverage(frame, load_plan(directory))
     print(counted.line())
     if counted.time_line():
         print(counted.time_line())
-    print(f"results: {', '.join(str(directory) for directory in directories)}")
+    print(f"results: {where}")
 
 
-def _seconds_left(directory: Path, frame: pd.DataFrame) -> dict[str, float]:
+def _seconds_left(directory: str, frame: pd.DataFrame) -> dict[str, float]:
     """Hardware tag -> missing runs times the mean wall time of its runs so far."""
     from analysis.load import load_plan
 
@@ -194,14 +205,18 @@ def _seconds_left(directory: Path, frame: pd.DataFrame) -> dict[str, float]:
     return {tag: number * times[tag] for tag, number in missing.items() if number and tag in times}
 
 
-def _is_locked(directory: Path) -> bool:
+def _is_locked(directory: str) -> bool:
     """Whether a driver holds the folder now; looks twice, since taking over a dead lock takes a moment."""
     import fcntl
     import os
 
+    if is_uri(directory):
+        from orchestrator.mirror import is_claimed
+
+        return is_claimed(RemoteFolder.open(directory))
     for _ in range(2):
         try:
-            descriptor = os.open(directory / ".lock", os.O_RDONLY)
+            descriptor = os.open(Path(directory) / ".lock", os.O_RDONLY)
         except OSError:
             return False
         try:

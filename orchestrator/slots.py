@@ -67,7 +67,7 @@ class BenchSlot:
         """Create the actor; it is refused at once when the node cannot take it."""
         import ray
 
-        from orchestrator.runner import Runner
+        from orchestrator.runner import HOME, Runner
 
         self.starts += 1
         self.compiled.clear()
@@ -80,7 +80,7 @@ class BenchSlot:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self.log_path)
+            .remote(self.log_path, HOME)
         )
         self._await(self.actor.where.remote(), Phase.STARTING, STARTING_S)
 

@@ -1,4 +1,4 @@
-"""Runs a sweep as a Ray job on a remote cluster: ships this project, follows the job's log, detaches on Ctrl-C."""
+"""Runs a sweep as a Ray job on a remote cluster: ships what it needs, follows the job's log, detaches on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import importlib.util
 import logging
 import os
+import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,55 +15,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("orchestrator", "tasks", "analysis")
-NEEDS = "submit needs Ray's job client: pip install 'ray[default]>=2.57.1' (or this project with its extra 'cluster')"
+from orchestrator.staging import Staged
+from tasks.cell import digest
+from tasks.environment import REVISION_VARIABLE, git_revision
+from tasks.uri import UriError, check_uri, is_uri
+
+NEEDS = "this needs Ray's job client: pip install 'ray[default]>=2.57.1' (or this project with its extra 'cluster')"
 # `ray job stop` sends SIGTERM and, without this, SIGKILL 3 s later: too soon to finish the running cells.
 STOP_WAIT_S = "900"
+EXIT_FAILED, EXIT_STOPPED = 1, 130
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_PREFIX = "benchmatrix-"
+_OUT, _WHAT = "benchmatrix_out", "benchmatrix_submission"
+# How long the dashboard may be silent before following is given up.
+_SILENCE_S = 90.0
 
 
 class SubmitError(RuntimeError):
-    """The job cannot be submitted; one sentence."""
+    """The job cannot be submitted or followed; one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is to run: a sweep (a shipped name, or a file inside the folder that is shipped) and its options."""
+    """What is to run, where its results go as the cluster sees it, and the options of `run`."""
 
-    sweep: str
+    staged: Staged
     out: str
     address: str
     options: Sequence[str] = field(default_factory=tuple)
 
+    @property
+    def digest(self) -> str:
+        """Equal when the same command is given again."""
+        return digest([self.staged.digest, *self.options])
+
 
 def submit(submission: Submission, stream: TextIO) -> int:
-    """Submit and follow; the exit status is 0 when the job succeeded or was left running, 1 when it failed."""
-    if not Path(submission.out).is_absolute():
-        raise SubmitError(
-            f"--out {submission.out}: give an absolute path on the cluster's head; a job's own folder is removed"
-        )
-    client = _client(submission.address)
-    with tempfile.TemporaryDirectory(prefix="benchmatrix-submit-") as folder:
-        arguments = ["run", _stage(submission.sweep, Path(folder)), "--out", submission.out, *submission.options]
-        job_id = client.submit_job(
-            entrypoint=f"python -m orchestrator {shlex.join(arguments)}",
-            entrypoint_num_cpus=0,
-            runtime_env={
-                "working_dir": folder,
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"},
-            },
-            metadata={"benchmatrix_out": submission.out},
-        )
-    print(f"job {job_id} on {submission.address}; Ctrl-C detaches, the job goes on", file=stream)
+    """Submit, or find the job that runs already, and follow it.
+
+    Returns the exit status of `run`, 0 after detaching, 130 when the job was stopped.
+    """
+    _check_out(submission.out)
+    client = job_client(submission.address)
+    job_id = _running(client, submission)
+    if job_id is not None:
+        print(f"job {job_id} does this already: following it", file=stream)
+    else:
+        job_id = _start(client, submission)
+    print(f"job {job_id} on {submission.address}; Ctrl-C detaches, the job goes on", file=stream, flush=True)
     try:
-        asyncio.run(_follow(client, job_id, stream))
-        status = _final_status(client, job_id)
+        status = follow(client, job_id, submission.address, stream)
     except KeyboardInterrupt:
-        print(f"detached; follow again with: ray job logs {job_id} --follow --address {submission.address}\n"
+        print("detached; the same command follows the job again, or resumes once it has ended\n"
               f"stop it with: ray job stop {job_id} --address {submission.address}", file=stream)  # fmt: skip
         return 0
     print(f"job {job_id}: {status.lower()}", file=stream)
-    return 0 if status == "SUCCEEDED" else 1
+    return exit_status(client, job_id, status)
 
 
 def available() -> bool:
@@ -71,7 +78,8 @@ def available() -> bool:
     return importlib.util.find_spec("aiohttp") is not None and importlib.util.find_spec("ray") is not None
 
 
-def _client(address: str) -> Any:
+def job_client(address: str) -> Any:
+    """A client of the dashboard at `address`; raises `SubmitError`."""
     if not available():
         raise SubmitError(NEEDS)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -84,35 +92,116 @@ def _client(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise SubmitError(f"no Ray dashboard can be reached at {address}: {type(error).__name__}: {text}") from error
+        raise SubmitError(f"no Ray dashboard can be used at {address}: {_sentence(error)}") from error
 
 
-def _stage(sweep: str, folder: Path) -> str:
-    """Copy what the job needs: our packages, and the sweep unless it is a shipped one. Returns the sweep's name there.
-
-    Checkpoints and model factories beside the sweep are not copied: they must lie on the nodes.
-    """
-    for name in PACKAGES:
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    if not Path(sweep).is_file():
-        return sweep
-    shutil.copy(sweep, folder)
-    return Path(sweep).name
+def run_job(client: Any, entrypoint: str, folder: Path, *, job_id: str, metadata: dict[str, str]) -> None:
+    """Submit `entrypoint` with `folder` as its working directory, on the head, needing no CPU of it."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"}
+    if revision := git_revision():
+        variables[REVISION_VARIABLE] = revision  # the copy that is shipped has no repository
+    client.submit_job(
+        entrypoint=entrypoint, submission_id=job_id, entrypoint_num_cpus=0, metadata=metadata,
+        runtime_env={"working_dir": str(folder), "env_vars": variables},
+    )  # fmt: skip
 
 
-async def _follow(client: Any, job_id: str, stream: TextIO) -> None:
-    async for lines in client.tail_job_logs(job_id):
-        stream.write(lines)
+def follow(client: Any, job_id: str, address: str, stream: TextIO) -> str:
+    """Copy the job's log to `stream` until it ends, over broken connections; returns its final status."""
+    shown, heard = 0, time.monotonic()
+    while True:
+        status = None
+        try:
+            shown = asyncio.run(_tail(client, job_id, stream, shown))
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # whatever the connection ended with: the status decides
+            logging.getLogger(__name__).debug("tailing %s: %s", job_id, error)
+        try:
+            status = str(client.get_job_status(job_id).value)
+            heard = time.monotonic()
+        except Exception as error:
+            if time.monotonic() - heard > _SILENCE_S:
+                raise SubmitError(
+                    f"lost the connection to {address}: {_sentence(error)}; give the same command again to follow"
+                ) from error
+        if status in _ENDED:
+            return str(status)
+        time.sleep(1.0)
+
+
+def exit_status(client: Any, job_id: str, status: str) -> int:
+    """The exit status of the job's own command, as far as Ray knows it."""
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return EXIT_STOPPED
+    code = getattr(client.get_job_info(job_id), "driver_exit_code", None)
+    return code if isinstance(code, int) and code > 0 else EXIT_FAILED
+
+
+async def _tail(client: Any, job_id: str, stream: TextIO, shown: int) -> int:
+    """Each connection gets the whole log: the first `shown` characters are there already."""
+    position = 0
+    async for text in client.tail_job_logs(job_id):
+        fresh = text[max(shown - position, 0) :]
+        position += len(text)
+        stream.write(fresh)
         stream.flush()
+        shown = max(shown, position)
+    return shown
 
 
-def _final_status(client: Any, job_id: str) -> str:
-    """The log can end a moment before the status is final."""
-    status = str(client.get_job_status(job_id).value)
-    for _ in range(60):
-        if status in ("SUCCEEDED", "FAILED", "STOPPED"):
-            break
-        time.sleep(0.5)
-        status = str(client.get_job_status(job_id).value)
-    return status
+def _check_out(out: str) -> None:
+    if is_uri(out):
+        try:
+            check_uri(out)
+        except UriError as error:
+            raise SubmitError(f"--out {error}") from None
+    elif not Path(out).is_absolute():
+        raise SubmitError(
+            f"--out {out}: give an absolute path on the cluster's head, or s3://..., gs://...; "
+            "a job's own folder is removed"
+        )
+
+
+def _running(client: Any, submission: Submission) -> str | None:
+    """The job that writes this result folder now; refused when it is another sweep or has other options."""
+    for job in _jobs(client, submission.out):
+        if str(job.status.value) in _ENDED:
+            continue
+        if job.metadata.get(_WHAT) != submission.digest:
+            raise SubmitError(
+                f"job {job.submission_id} writes {submission.out} now, with another sweep or other options: wait for "
+                f"it, stop it (ray job stop {job.submission_id}), or choose another --out"
+            )
+        return str(job.submission_id)
+    return None
+
+
+def _jobs(client: Any, out: str) -> list[Any]:
+    return [job for job in client.list_jobs() if (job.metadata or {}).get(_OUT) == out]
+
+
+def _start(client: Any, submission: Submission) -> str:
+    """Ids count up per result folder, and Ray takes each once: of two submits at the same moment one starts a job."""
+    prefix = f"{_PREFIX}{digest(submission.out)[:8]}-"
+    numbers = [re.fullmatch(rf"{prefix}(\d+)", job.submission_id or "") for job in client.list_jobs()]
+    job_id = f"{prefix}{1 + max((int(found.group(1)) for found in numbers if found), default=0)}"
+    arguments = ["run", submission.staged.entry, "--out", submission.out, *submission.options]
+    metadata = {_OUT: submission.out, _WHAT: submission.digest}
+    with tempfile.TemporaryDirectory(prefix="benchmatrix-submit-") as folder:
+        submission.staged.write(Path(folder))
+        try:
+            entrypoint = f"python -m orchestrator {shlex.join(arguments)}"
+            run_job(client, entrypoint, Path(folder), job_id=job_id, metadata=metadata)
+        except Exception as error:
+            if "already exists" in str(error) and (running := _running(client, submission)):
+                return running
+            raise SubmitError(f"{submission.address} did not take the job: {_sentence(error)}") from error
+    return job_id
+
+
+def _sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

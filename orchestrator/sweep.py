@@ -219,8 +219,11 @@ def make_sweep(
     return _validated(document, folder or Path.cwd())
 
 
-def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep file, or a shipped sweep by name, and apply `--set` overrides. Raises `SweepError`."""
+def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Sweep:
+    """Read a sweep file, or a shipped sweep by name, and apply `--set` overrides. Raises `SweepError`.
+
+    With `elsewhere`, checkpoints given by absolute paths are those of other machines and not looked for here.
+    """
     path = _find(path_or_shipped_name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -232,7 +235,7 @@ def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = ()) -> Swee
     apply_overrides(document, overrides)
     if "name" not in document.data and (name := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")):
         document.data["name"] = name
-    return _validated(document, path.resolve().parent)
+    return _validated(document, path.resolve().parent, elsewhere=elsewhere)
 
 
 def shipped() -> dict[str, Path]:
@@ -254,9 +257,9 @@ def _find(text: str) -> Path:
     )
 
 
-def _validated(document: Document, folder: Path) -> Sweep:
+def _validated(document: Document, folder: Path, *, elsewhere: bool = False) -> Sweep:
     try:
-        return Sweep.model_validate(document.data, context={"folder": folder})
+        return Sweep.model_validate(document.data, context={"folder": folder, "elsewhere": elsewhere})
     except ValidationError as error:
         problems = [(item["loc"], wording(item, _keys_at(item["loc"]))) for item in error.errors()]
     raise document.error(problems)

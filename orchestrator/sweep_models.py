@@ -16,7 +16,7 @@ from pydantic import ValidationInfo, field_validator, model_serializer, model_va
 from orchestrator.sweep_problems import Strict, refuse
 from tasks.cell import ModelKind, ModelSource, ModelSpec
 from tasks.models.architectures import architectures
-from tasks.models.identity import random_config, refuse_unsafe
+from tasks.models.identity import SHIPPED, located, random_config, refuse_unsafe
 from tasks.stacks import nearest
 
 FORMS = ("path", "hub", "factory", "random")
@@ -62,10 +62,12 @@ class ModelEntry(Strict):
     def _can_be_found(cls, text: str | None, info: ValidationInfo) -> str | None:
         if text is None or info.field_name is None:
             return None
+        if info.field_name == "path" and _is_elsewhere(text, info):
+            return text
         return _FIND[info.field_name](text, Path((info.context or {}).get("folder", Path.cwd())))
 
     @model_validator(mode="after")
-    def _check(self) -> ModelEntry:
+    def _check(self, info: ValidationInfo) -> ModelEntry:
         given = [form for form in FORMS if getattr(self, form) is not None]
         if not self.id.strip():
             refuse([(("id",), "the id of a model is empty")])
@@ -77,9 +79,9 @@ class ModelEntry(Strict):
             refuse([((), f"model {self.id!r} says not where it is: give {_one_of(FORMS)}")])
         if self.revision is not None and self.hub is None:
             refuse([(("revision",), f"revision {self.revision!r} applies to hub models only")])
-        if self.path is not None:
+        if self.path is not None and not _is_elsewhere(self.path, info):
             try:
-                refuse_unsafe(Path(self.path), self.trust_remote_code)
+                refuse_unsafe(located(self.path), self.trust_remote_code)
             except (ValueError, OSError) as error:
                 refuse([(("path",), str(error))])
         return self
@@ -104,9 +106,9 @@ class ModelEntry(Strict):
 
     def _kind(self) -> ModelKind:
         if self.path is not None:
-            return _kind_of_config(Path(self.path) / "config.json")
+            return _kind_of_config(located(self.path) / "config.json")
         if self.random is not None:
-            return architectures().get(self.random) or _kind_of_config(Path(self.random))
+            return architectures().get(self.random) or _kind_of_config(located(self.random))
         if self.factory is not None:
             return "module"
         return "unknown" if self.hub is not None else "language"
@@ -121,12 +123,25 @@ def _one_of(forms: tuple[str, ...]) -> str:
     return f"{', '.join(forms[:-1])} or {forms[-1]}"
 
 
+def _is_elsewhere(text: str, info: ValidationInfo) -> bool:
+    """Whether the checkpoint is to be found on the machines that measure, which check it themselves."""
+    return bool((info.context or {}).get("elsewhere")) and Path(text).is_absolute()
+
+
+def _on_this_machine(text: str, folder: Path) -> tuple[str, Path]:
+    """The reference to keep, and the file or folder that it means here."""
+    if text.startswith(SHIPPED):
+        return text, located(text)
+    found = (folder / Path(text).expanduser()).resolve()
+    return str(found), found
+
+
 def _checkpoint(text: str, folder: Path) -> str:
-    directory = (folder / Path(text).expanduser()).resolve()
+    reference, directory = _on_this_machine(text, folder)
     if not directory.is_dir():
         what = "is not a folder" if directory.exists() else "does not exist"
         refuse([((), f"checkpoint {text!r} {what} ({directory})")])
-    return str(directory)
+    return reference
 
 
 def _random(text: str, folder: Path) -> str:
@@ -134,14 +149,14 @@ def _random(text: str, folder: Path) -> str:
         if text not in architectures():
             refuse([((), f"unknown architecture {text!r}{nearest(text, list(architectures()))}")])
         return text
-    file = (folder / Path(text).expanduser()).resolve()
+    reference, file = _on_this_machine(text, folder)
     if not file.is_file():
         refuse([((), f"configuration {text!r} does not exist ({file})")])
     try:
-        random_config(str(file))
+        random_config(reference)
     except (ValueError, TypeError) as error:
         refuse([((), f"configuration {text!r} cannot be used: {error}")])
-    return str(file)
+    return reference
 
 
 def _kind_of_config(file: Path) -> ModelKind:

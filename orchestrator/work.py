@@ -188,6 +188,15 @@ class SweepWork:
             + sum(len(block.cells) for group in self._groups.values() for block in group.blocks)
         )
 
+    def left_by_hardware(self) -> Counter[str]:
+        """Hardware tag -> runs that no slot has taken yet; cells without a node count with all their rounds."""
+        left: Counter[str] = Counter()
+        for group in self._groups.values():
+            left[group.hardware] += sum(len(block.cells) for block in group.blocks)
+        for planned in self._homeless:
+            left[planned.cell.hardware] += planned.rounds
+        return left
+
     def give_up(self, reason: str) -> None:
         """Cells without any row get one; cells that have some rounds keep them."""
         for group_id in [group_id for queue in self._free.values() for group_id in queue]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 DeviceKind = Literal["cuda", "cpu"]
+HEAD_TAG = "head"  # declared by nodes that only coordinate: nothing is measured there
 
 
 @dataclass(frozen=True, kw_only=True)

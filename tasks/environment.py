@@ -20,11 +20,11 @@ from tasks.cell import digest
 from tasks.gpu import Gpu, GpuFacts
 from tasks.metric import Missing
 from tasks.nvml import gpus
+from tasks.secrets import is_secret_name
 
 REVISION_VARIABLE = "BENCHMATRIX_GIT_REVISION"  # for nodes that get the code without its repository
 _PROJECT = Path(__file__).resolve().parents[1]
 _VARIABLES = ("CUDA_", "TORCH", "PYTORCH_", "OMP_", "MKL_", "NCCL_")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
 
 
 def fingerprint(gpu: Gpu) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def public_variables(environment: Any) -> dict[str, str]:
     """The variables that change what torch and CUDA do; never one that could hold a secret."""
     chosen: dict[str, str] = {}
     for name, value in sorted(environment.items()):
-        secret = any(word in name.upper() for word in _SECRET) or "://" in value
+        secret = is_secret_name(name) or "://" in value
         if name == "TOKENIZERS_PARALLELISM" or (name.startswith(_VARIABLES) and not secret):
             chosen[name] = value
     return chosen

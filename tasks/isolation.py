@@ -24,6 +24,7 @@ import psutil
 
 import tasks
 from tasks.child import end_group
+from tasks.secrets import Secrets
 
 SERVER_START_S = 180.0
 STDERR_TAIL = 4000
@@ -53,6 +54,7 @@ class Isolation:
 
     def __init__(self, *, log_path: Path, work_dir: Path, environment: dict[str, str]) -> None:
         self.log_path = log_path
+        self._secrets = Secrets()
         self._base_environment = _base_environment(environment)
         self._server: subprocess.Popen[str] | None = None
         self._ready = False
@@ -109,9 +111,8 @@ class Isolation:
                 executed = forked is None
                 exit_code, timed_out = forked or self._execute(job_path, environment or {}, timeout_s)
             wall_s = time.perf_counter() - started
-            return _completed(
-                folder, exit_code, timed_out, _oom_kills() > before, wall_s, "exec" if executed else "fork"
-            )
+            oom_killed, kind = _oom_kills() > before, "exec" if executed else "fork"
+            return _completed(folder, exit_code, timed_out, oom_killed, wall_s, kind, self._secrets)
         finally:
             self._keep_log(folder / "stderr")
             shutil.rmtree(folder, ignore_errors=True)
@@ -208,16 +209,17 @@ class Isolation:
 
     def _log(self, text: str) -> None:
         with self.log_path.open("a") as log:
-            log.write(text)
+            log.write(self._secrets.hide(text))
 
 
 def _completed(
-    folder: Path, exit_code: int | None, timed_out: bool, oom_killed: bool, wall_s: float, kind: str
+    folder: Path, exit_code: int | None, timed_out: bool, oom_killed: bool, wall_s: float, kind: str, secrets: Secrets
 ) -> Completed:
     result_path, phase_path, stderr_path = folder / "result.json", folder / "phase", folder / "stderr"
     result = None
     if exit_code == 0 and not timed_out and result_path.exists():
-        result = json.loads(result_path.read_text())
+        result = json.loads(secrets.hide(result_path.read_text()))
+    stderr = secrets.hide(stderr_path.read_text(errors="replace")) if stderr_path.exists() else ""
     killed_by = signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else None
     return Completed(
         result=result,
@@ -226,7 +228,7 @@ def _completed(
         timed_out=timed_out,
         out_of_memory=killed_by == "SIGKILL" and oom_killed and not timed_out,
         phase=phase_path.read_text() if phase_path.exists() else "start",
-        stderr_tail=stderr_path.read_text(errors="replace")[-STDERR_TAIL:] if stderr_path.exists() else "",
+        stderr_tail=stderr[-STDERR_TAIL:],
         wall_s=wall_s,
         kind=kind,
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tasks import host
-from tasks.device import DeviceInfo, hardware_tag, tag_matches
+from tasks.device import HEAD_TAG, DeviceInfo, hardware_tag, tag_matches
 from tasks.environment import git_revision, this_machine_key, version
 from tasks.gpu import Gpu
 from tasks.nvml import gpus
@@ -43,7 +43,10 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class NodeReport:
-    """A node as it is. `devices`: its GPUs in NVML's order, then always its CPU; `disagreements` are sentences."""
+    """A node as it is. `devices`: its GPUs in NVML's order, then always its CPU; `disagreements` are sentences.
+
+    `free_bytes` is the memory that is free now on each of `devices`, the host's for a CPU; None where it is not known.
+    """
 
     hostname: str
     devices: tuple[DeviceInfo, ...]
@@ -54,12 +57,14 @@ class NodeReport:
     packages: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
     driver: str | None = None
+    free_bytes: tuple[int | None, ...] = ()
     disagreements: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
             "devices": [device.to_dict() for device in self.devices],
+            "free_bytes": list(self.free_bytes),
             "disagreements": list(self.disagreements),
         }
 
@@ -69,6 +74,7 @@ class NodeReport:
             **{
                 **data,
                 "devices": tuple(DeviceInfo.from_dict(device) for device in data["devices"]),
+                "free_bytes": tuple(data["free_bytes"]),
                 "disagreements": tuple(data["disagreements"]),
             }
         )
@@ -81,7 +87,9 @@ def probe(
 
     GPUs that were declared with a tag but that nobody finds become simulated devices, which run on the CPU.
     """
-    found = [device for device in (_cuda(card) for card in (gpus() if cards is None else cards)) if device]
+    seen = [(_cuda(card), card) for card in (gpus() if cards is None else cards)]
+    found = [device for device, _ in seen if device]
+    free = host.free_memory_bytes()
     cpu = _cpu()
     packages = cpu.packages
     simulated: list[DeviceInfo] = []
@@ -93,7 +101,8 @@ def probe(
         python=platform.python_version(),
         machine_key=this_machine_key(),
         memory_bytes=cpu.memory_bytes,
-        free_memory_bytes=host.free_memory_bytes(),
+        free_memory_bytes=free,
+        free_bytes=(*(_free(card) for device, card in seen if device), *(free for _ in (*simulated, cpu))),
         packages=packages,
         git_revision=git_revision(),
         driver=next((device.driver for device in found if device.driver), None),
@@ -126,6 +135,11 @@ def _cuda(card: Gpu) -> DeviceInfo | None:
         cpu_flags=_dtype_flags(),
         packages=installed_packages(),
     )
+
+
+def _free(card: Gpu) -> int | None:
+    total, used = card.facts().memory_bytes, card.memory_used_bytes()
+    return None if total is None or used is None else total - used
 
 
 def _cpu() -> DeviceInfo:
@@ -162,6 +176,8 @@ def _simulated(tag: str, index: int, cpu: DeviceInfo) -> DeviceInfo:
 
 def _disagreements(tag: str | None, declared: int | None, found: Sequence[DeviceInfo]) -> list[str]:
     sentences: list[str] = []
+    if tag == HEAD_TAG:
+        return sentences
     others = sorted({device.tag for device in found if tag not in (None, "cpu") and not tag_matches(tag, device.tag)})
     if others:
         sentences.append(f"it was declared as {tag} but NVML finds {', '.join(others)}: correct its label")

@@ -15,17 +15,26 @@ if TYPE_CHECKING:
     from tasks.job import CellJob
 
 POCKET = Path(__file__).parent / "pocket"
+# What `benchmatrix submit` ships lies beside our packages, wherever a node keeps those. A reference that begins so is
+# the same on every machine, and so are the ids of its cells.
+SHIPPED = "shipped:"
+SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "shipped"
 
 
 class ModelError(ValueError):
     """A model that cannot or must not be loaded; the message says what to do."""
 
 
+def located(reference: str) -> Path:
+    """Where the file or folder that a model's reference names lies on this machine."""
+    return SHIPPED_FOLDER / reference.removeprefix(SHIPPED) if reference.startswith(SHIPPED) else Path(reference)
+
+
 def checkpoint_folder(spec: ModelSpec) -> Path | None:
     """Folder of a local checkpoint, or None for models that have none."""
     if spec.source == "pocket":
         return POCKET
-    return Path(spec.reference) if spec.source == "path" else None
+    return located(spec.reference) if spec.source == "path" else None
 
 
 _CONTENT = (".safetensors", ".json", ".py", ".model", ".txt", ".jinja")
@@ -67,7 +76,7 @@ def random_config(reference: str) -> dict[str, Any]:
     if reference in ARCHITECTURES:
         architecture = ARCHITECTURES[reference]
         return {"model_type": architecture.model_type, "dtype": architecture.dtype, **architecture.config}
-    path = Path(reference)
+    path = located(reference)
     if not path.is_file():
         raise ModelError(f"random:{reference} is neither a named architecture ({', '.join(ARCHITECTURES)}) nor a file")
     config = _json_object(path)
@@ -124,6 +133,12 @@ def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
         for name in set(map(str, weight_map.values())):
             if Path(name).name != name:
                 raise ModelError(f"{index}: weight file {name!r} is not inside {folder}: refused")
-    config = _json_object(folder / "config.json")
-    if "auto_map" in config and not trust_remote_code:
-        raise ModelError(f"{folder}: the checkpoint brings its own code; set trust_remote_code: true for it if you do")
+            if not name.endswith(".safetensors"):
+                raise ModelError(f"{index}: weight file {name!r} is no safetensors file and could run code: refused")
+    for file in [] if trust_remote_code else sorted(folder.glob("*.json")):
+        # also of tokenizers and processors; large vocabularies are no configurations
+        if file.name.endswith("config.json") and "auto_map" in _json_object(file):
+            raise ModelError(
+                f"{folder}: the checkpoint brings its own code ({file.name}); set trust_remote_code: true for it "
+                "if you do"
+            )

@@ -144,7 +144,7 @@ def _refused(technique: Technique) -> str | None:
         return "a budget of steps or seconds is needed"
     try:
         if student:
-            random_config(student)
+            random_config(student)  # raises where there is no such architecture or file
     except (ModelError, OSError) as error:
         return str(error)
     return None

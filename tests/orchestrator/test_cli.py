@@ -80,6 +80,9 @@ class TestPlan:
         (("submit", "SWEEP", "--address", "http://127.0.0.1:1", "--out", "x", "--set", "seed=-1"), "seed"),
         (("table", "no-such-folder"), "no-such-folder"),
         (("status", "no-such-folder"), "no result folder"),
+        (("status",), "give a result folder, or --address"),
+        (("submit", "SWEEP", "--address", "http://127.0.0.1:1", "--out", "results/x"), "absolute path"),
+        (("submit", "SWEEP", "--address", "http://127.0.0.1:1", "--out", "s3://a:b@c/d"), "no credentials"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments: tuple[str, ...], message: str, sweep: Path, tmp_path: Path) -> None:
@@ -93,11 +96,13 @@ def test_bad_input(arguments: tuple[str, ...], message: str, sweep: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_object_stores_are_refused(sweep: Path) -> None:
-    result = benchmatrix("run", sweep, "--out", "s3://bucket/results")
-    assert result.returncode == 2 and not result.stdout
-    assert "s3://bucket/results: results go to a folder" in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not (ROOT / "s3:").exists()
+def test_a_uri_is_checked_before_anything_starts(sweep: Path) -> None:
+    for uri, message in (("ftp://host/x", "begins with s3://"), ("s3://me:secret@bucket/x", "no credentials")):
+        result = benchmatrix("run", sweep, "--out", uri)
+        assert result.returncode == 2 and not result.stdout
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1
+        assert "me:secret" not in result.stderr
+    assert not (ROOT / "ftp:").exists() and not (ROOT / "s3:").exists()
 
 
 def test_status_before_the_first_row(tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_trade_off_table_has_a_column_for_each_hardware(finished: Any) -> None:
     assert "a100" in finished.run.stdout
 
 
+def test_runners_leave_nothing_in_the_result_folder(finished: Any) -> None:
+    """Nodes need not share a file system with the driver: rows and samples come through Ray to the one writer."""
+    names = {str(path.relative_to(finished.out)) for path in finished.out.rglob("*") if path.is_file()}
+    parts = {"rows/part-000000.parquet", "samples/part-000000.parquet"}
+    assert names == {"journal.jsonl", "plan.parquet", "sweep.yaml", "log/driver.log", *parts}
+    assert len(pd.read_parquet(finished.out / "samples")) > 0
+
+
 def test_running_it_again_measures_nothing(finished: Any) -> None:
     again = finished.benchmatrix("run", finished.out / "sweep.yaml", "--out", finished.out, "--json", "--address",
                                  finished.nodes and finished_address(finished))  # fmt: skip

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from orchestrator.inventory import Inventory, Node, bench_devices, declared_accelerators, declared_tag
+from orchestrator.inventory import Inventory, Node, VersionMismatch, bench_devices, declared_accelerators, declared_tag
 from orchestrator.runner import undo_ray
 from tasks.probe import NodeReport, probe
 
@@ -52,6 +53,42 @@ def test_accelerators_that_ray_was_not_told_of_are_left_alone() -> None:
     )
     assert tags(node("a", None, 0, seen)) == [("a", "cpu")]
     assert tags(node("a", None, 1, seen)) == [("a", "h200"), ("a", "cpu")]
+
+
+def entry(**labels: str) -> dict[str, Any]:
+    return {"NodeID": "f" * 56, "NodeManagerAddress": "192.0.2.1", "Labels": labels, "Resources": {"GPU": 1.0}}
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    import platform
+
+    import ray
+
+    versions = {"python": platform.python_version(), "ray": ray.__version__}
+    return {**versions, "report": LOCAL.to_dict(), **changes}
+
+
+def test_a_head_is_shown_and_not_measured() -> None:
+    found = Inventory()._node(entry(**{"bench/hw": "head"}), answer(report=probe("head", 0, cards=[]).to_dict()))
+    assert {device.tag for device in found.report.devices} == {"head"} and not found.report.disagreements
+    assert tags(found) == [] and not found.cpu_only
+    worker = node("b", "a100", 1)
+    assert tags(found, worker) == [("b", "a100"), ("b", "cpu")]  # the head's CPU is no CPU node either
+
+
+@pytest.mark.parametrize(("what", "text"), [("python", "it runs python 3.9.1"), ("ray", "it runs ray 3.9.1")])
+def test_a_node_with_other_versions_is_refused(what: str, text: str) -> None:
+    with pytest.raises(VersionMismatch, match=text):
+        Inventory()._node(entry(), answer(**{what: "3.9.1"}))
+
+
+def test_a_node_with_another_revision_of_the_project_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.inventory.git_revision", lambda: "b" * 40)
+    report = replace(LOCAL, git_revision="a" * 40).to_dict()
+    (text,) = Inventory()._node(entry(), answer(report=report)).report.disagreements
+    assert "revision aaaaaaaaaaaa of this project and the driver bbbbbbbbbbbb" in text
+    monkeypatch.setattr("orchestrator.inventory.git_revision", lambda: "a" * 40)
+    assert not Inventory()._node(entry(), answer(report=report)).report.disagreements
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ class TestCalibration:
         assert text_content(chosen, session.job.search_path) != text_content(shipped, session.job.search_path)
 
     def test_what_it_refuses(self, session: Session, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"'lost.txt' is not a file in"):
+        with pytest.raises(ModelError, match=r"'lost\.txt' is not a file in"):
             text_file("lost.txt", session.job.search_path)
         (tmp_path / "short.txt").write_text("too short")
         with pytest.raises(ModelError, match="9 characters: too few"):

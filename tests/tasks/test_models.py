@@ -103,6 +103,28 @@ class TestHostileCheckpoints:
         with pytest.raises(ModelError, match="is not inside"):
             load(path_spec(checkpoint))
 
+    def test_index_that_names_a_pickle(self, checkpoint: Path) -> None:
+        (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": "pytorch_model.bin"}}
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match="could run code"):
+            load(path_spec(checkpoint))
+
+    @pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json", "generation_config.json"])
+    def test_own_code_of_something_else_than_the_model(self, checkpoint: Path, name: str) -> None:
+        (checkpoint / name).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+        (checkpoint / "evil.py").write_text("raise SystemExit('was run')")
+        with pytest.raises(ModelError, match=rf"brings its own code \({name}\)"):
+            load(path_spec(checkpoint))
+        refuse_unsafe(checkpoint, trust_remote_code=True)
+
+    def test_a_folder_that_links_out(self, checkpoint: Path, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "weights.safetensors").write_bytes(b"")
+        (checkpoint / "more").symlink_to("../elsewhere", target_is_directory=True)
+        with pytest.raises(ModelError, match="more points outside"):
+            load(path_spec(checkpoint))
+
     def test_neither_language_nor_vision(self, checkpoint: Path) -> None:
         from transformers import AutoConfig
 
