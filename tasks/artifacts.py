@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Technique, digest
 from tasks.environment import version
 from tasks.models.identity import job_checkpoint
+from tasks.optimization import Optimization
 from tasks.registry import optimizations
 from tasks.stacks import option
 
@@ -171,17 +173,17 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
         found = find(spec, root, content=True)
         if found is not None:
             return found, False
-        partial, folder = _partial(spec, root), spec.folder(root)
-        for leftover in (partial, folder):
+        making, folder = _making(spec, root), spec.folder(root)
+        for leftover in (making, folder):
             shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+        making.mkdir(parents=True)
         try:
-            manifest = _fill(spec, session, fill, partial)
-            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-            _flush(partial / MANIFEST)
-            partial.rename(folder)
+            manifest = _fill(spec, session, fill, making)
+            (making / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+            _flush(making / MANIFEST)
+            making.rename(folder)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(making, ignore_errors=True)
             raise
         _flush(folder.parent)
         return Artifact(spec=spec, folder=folder, manifest=manifest), True
@@ -189,10 +191,10 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
 
 def clear_interrupted(spec: ArtifactSpec, root: Path) -> None:
     """Remove what a maker that was killed has left, unless somebody else is making it again."""
-    if _partial(spec, root).exists():
+    if _making(spec, root).exists():
         with _locked(spec, root, wait=False) as held:
             if held:
-                shutil.rmtree(_partial(spec, root), ignore_errors=True)
+                shutil.rmtree(_making(spec, root), ignore_errors=True)
 
 
 def attach(session: Session) -> None:
@@ -200,38 +202,36 @@ def attach(session: Session) -> None:
 
     Raises `ArtifactError` where one is missing: the supervisor has it made before the cell runs.
     """
-    root = Path(session.job.artifact_dir)
     for item in wanted(session.job):
-        found = find(item.spec, root)
-        if found is None:
-            raise ArtifactError(f"the artifact of {item.technique} is not whole in {item.spec.folder(root)}")
-        session.artifacts[item.technique.name] = found
-        if item.spec.checkpoint:
-            session.load_options.checkpoint = str(found.folder)
+        _take(item, session)
 
 
 def make_wanted(session: Session, maker: str) -> tuple[Artifact, bool]:
     """Make the artifact that the technique `maker` of the session's stack asks for; those before it must be there."""
-    root, known = Path(session.job.artifact_dir), optimizations()
+    technique = optimizations()[maker]
     for item in wanted(session.job):
         if item.technique.name == maker:
-            chosen = item.technique
-            return make(item.spec, session, lambda folder: known[maker].make_artifact(chosen, session, folder))  # noqa: B023
-        found = find(item.spec, root)
-        if found is None:
-            raise ArtifactError(f"{maker} starts from the artifact of {item.technique}, which is not in {root}")
-        session.artifacts[item.technique.name] = found
-        if item.spec.checkpoint:
-            session.load_options.checkpoint = str(found.folder)
+            fill = partial(technique.make_artifact, item.technique, session)
+            return make(item.spec, session, fill)
+        _take(item, session)
     raise ArtifactError(f"no technique {maker!r} with an artifact in {session.job.cell.stack}")
 
 
 def makers(job: CellJob) -> int:
     """How many techniques of the stack may want an artifact: for time limits, where the model is not at hand."""
-    from tasks.optimization import Optimization
-
     known = (type(optimizations()[name]) for name in job.cell.stack.names())
     return sum(cls.artifact is not Optimization.artifact for cls in known)
+
+
+def _take(item: Wanted, session: Session) -> None:
+    """Give the session what lies in the store; a checkpoint is what it will load."""
+    root = Path(session.job.artifact_dir)
+    found = find(item.spec, root)
+    if found is None:
+        raise ArtifactError(f"the artifact of {item.technique} is not whole in {item.spec.folder(root)}")
+    session.artifacts[item.technique.name] = found
+    if item.spec.checkpoint:
+        session.load_options.checkpoint = str(found.folder)
 
 
 def _fill(
@@ -252,27 +252,17 @@ def _fill(
         if path.is_symlink() or not path.is_file():
             raise ArtifactError(f"{spec.maker} wrote {path.name}, which is no plain file: artifacts are self-contained")
         _flush(path)
+    written = {path.relative_to(folder).as_posix(): path for path in files}
     return Manifest(
-        key=spec.key,
-        maker=spec.maker,
-        inputs=spec.inputs,
-        base=spec.base,
-        files={
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files
-        },
-        made_s=made_s,
-        peak_bytes=on_device or on_host,
-        peak_host_bytes=on_host,
-        device=session.job.device.name,
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        made_for=run_name(session.job),
-        versions=dict(session.job.device.packages),
-        facts=facts,
-    )
+        key=spec.key, maker=spec.maker, inputs=spec.inputs, base=spec.base,
+        files={name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in written.items()},
+        made_s=made_s, peak_bytes=on_device or on_host, peak_host_bytes=on_host, device=session.job.device.name,
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"), made_for=run_name(session.job),
+        versions=dict(session.job.device.packages), facts=facts,
+    )  # fmt: skip
 
 
-def _partial(spec: ArtifactSpec, root: Path) -> Path:
+def _making(spec: ArtifactSpec, root: Path) -> Path:
     return root / spec.maker / f".{spec.key}.making"
 
 
