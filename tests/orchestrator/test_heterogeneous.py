@@ -39,7 +39,7 @@ def finished(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def benchmatrix(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-            cwd=root, text=True, capture_output=True, timeout=150, check=False,
+            cwd=root, text=True, capture_output=True, timeout=400, check=False,
         )  # fmt: skip
 
     nodes = benchmatrix("nodes", "--address", cluster.address, "--json")
