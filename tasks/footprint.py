@@ -45,11 +45,10 @@ def lower_bound(cell: Cell) -> Footprint:
         return Footprint(weight_bytes=None, cache_bytes=None)
     known = optimizations()
     per_weight = _BYTES.get(precision_of(cell) or "", shape.published_bytes)
-    in_blocks = next(
-        (getattr(known[t.name], "bits", 8 * per_weight) / 8 for t in cell.stack.techniques
-         if known[t.name].family == "compression"),
-        per_weight,
-    )  # fmt: skip
+    in_blocks = per_weight
+    for technique in cell.stack.techniques:
+        if known[technique.name].family == "compression":
+            in_blocks = getattr(known[technique.name], "bits", 8 * per_weight) / 8
     weights = shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step":
         # fp32 weights, gradients and two moments, whatever autocast computes in
