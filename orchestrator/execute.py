@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -21,12 +21,13 @@ from tasks.probe import probe
 
 EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")
+_LAST_FLUSH_S = 5.0
 _FINE = {"ok", "oom", "unsupported"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `benchmatrix run`."""
+    """The options of `benchmatrix run`; `runner` replaces `orchestrator.runner.Runner` in our own benchmarks."""
 
     out: Path | None = None
     address: str | None = None
@@ -36,6 +37,7 @@ class Options:
     retry: tuple[str, ...] = ()
     wait_nodes_s: float = 0.0
     parallel_gpus: bool = False
+    runner: type | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ def _measure(
 ) -> Finished:
     from orchestrator.connection import connect
     from orchestrator.dispatch import Dispatcher
+    from orchestrator.head import watched
     from orchestrator.inventory import Inventory
     from orchestrator.patience import PatientStore
     from orchestrator.progress import Progress
@@ -125,8 +128,12 @@ def _measure(
             for repair in store.repairs:
                 progress.say(repair)
             # listening after connecting: Ray installs handlers of its own
-            with connect(options.address) as connection, stop.listening(terminal, last_words=progress.stop):
-                patient = PatientStore(store, stopping=stop, say=progress.say)
+            patient = PatientStore(store, stopping=stop, say=progress.say)
+            with (
+                connect(options.address) as connection,
+                watched(connection.head, _head_lost(patient, progress, out)),
+                stop.listening(terminal, last_words=progress.stop),
+            ):
                 settings = RunSettings(
                     sweep=sweep, run_id=run.run_id, ray_version=connection.ray_version, reuse=options.reuse,
                     retry=options.retry,
@@ -139,12 +146,13 @@ def _measure(
                 )  # fmt: skip
                 work = SweepWork(
                     cells.planned, patient, store.records, settings, only=cells.chosen,
-                    settled=lambda row: progress.finished(None, row), write_plan=store.write_plan,
+                    settled=lambda row: progress.finished(None, row), write_plan=patient.write_plan,
                 )  # fmt: skip
                 dispatcher = Dispatcher(
                     work=work, inventory=Inventory(), journal=patient, progress=progress, stopping=stop,
                     static=connection.local, parallel=options.parallel_gpus, wait_nodes_s=options.wait_nodes_s,
                     log_path=_log_paths(out) if connection.local else lambda slot_id: None,
+                    runner=options.runner,
                 )  # fmt: skip
                 dispatcher.run()
             finished = Finished(
@@ -153,6 +161,17 @@ def _measure(
             )  # fmt: skip
             patient.note("end", run_id=run.run_id, **finished.document())
     return finished
+
+
+def _head_lost(patient: Any, progress: Any, out: Path) -> Callable[[str], None]:
+    """What is done when the head is gone: the rows so far become readable, and the person learns how to go on."""
+
+    def last_words(sentence: str) -> None:
+        progress.stop()
+        progress.say(f"benchmatrix: {sentence}: {out} keeps its rows, the same command goes on once it is back")
+        patient.last_flush(_LAST_FLUSH_S)
+
+    return last_words
 
 
 def _load(sweep: str | Sweep | Mapping[str, Any], options: Options) -> Sweep:

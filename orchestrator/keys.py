@@ -44,8 +44,8 @@ class KeyMaker:
             "protocol": PROTOCOL_VERSION,
             "machine": node.report.machine_key,
         }
-        backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
-        versions = {name: device.packages.get(name) for name in (*_LIBRARIES, *backends)}
+        names = (*_LIBRARIES, *(package for name in cell.stack.names() for package in self._backends.get(name, ())))
+        versions = tuple((name, device.packages.get(name)) for name in names)
         return result_key(identity, versions)
 
     def all(self, cell: Cell, machines: Iterable[tuple[Node, DeviceInfo]]) -> set[str] | None:
@@ -70,3 +70,12 @@ class KeyMaker:
     @cached_property
     def _backends(self) -> dict[str, tuple[str, ...]]:
         return {name: technique.needs.packages for name, technique in optimizations().items()}
+
+
+def distinct_machines(devices: Iterable[tuple[Node, DeviceInfo]]) -> list[tuple[Node, DeviceInfo]]:
+    """One of those that give equal keys: a thousand equal nodes are one machine here."""
+    found: dict[tuple[Any, ...], tuple[Node, DeviceInfo]] = {}
+    for node, device in devices:
+        packages = tuple(sorted(device.packages.items()))
+        found.setdefault((device.tag, node.report.machine_key, packages), (node, device))
+    return list(found.values())

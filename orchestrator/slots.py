@@ -16,8 +16,8 @@ PREPARING_S = 480.0
 # Beyond a cell's own limit: the supervisor needs a moment to kill it, read its remains and answer.
 GRACE_S = 45.0
 CLOSING_S = 10.0
-# Actors that died in a row without one finished run; then the slot is given up.
-MAX_STARTS = 3
+# Actors that died in a row without one finished run; then the slot is given up. More than one cell may take with it.
+MAX_STARTS = 4
 
 
 class Phase(StrEnum):
@@ -31,13 +31,17 @@ class Phase(StrEnum):
 
 @dataclass(kw_only=True, eq=False)
 class BenchSlot:
-    """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave."""
+    """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave.
+
+    `runner` is the actor's class, `orchestrator.runner.Runner` unless a benchmark puts its own in its place.
+    """
 
     slot_id: str
     node: Node
     device: DeviceInfo
     cpus: tuple[int, ...] = ()
     log_path: str | None = None
+    runner: type | None = None
     phase: Phase = Phase.ASLEEP
     actor: Any = None
     pending: Any = None
@@ -71,7 +75,7 @@ class BenchSlot:
         self.starts += 1
         self.compiled.clear()
         self.actor = (
-            ray.remote(Runner)
+            ray.remote(self.runner or Runner)
             .options(
                 label_selector={NODE_ID_LABEL: self.node.node_id},
                 num_gpus=1 if self.uses_accelerator else 0,

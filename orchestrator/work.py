@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.expand import PlannedCell
 from orchestrator.inventory import Node
-from orchestrator.keys import KeyMaker
+from orchestrator.keys import KeyMaker, distinct_machines
 from orchestrator.ledger import Block, Ledger, Reuse, decide
 from orchestrator.patience import PatientStore
 from orchestrator.placement import Decision, Placed, place, plan_row
@@ -69,6 +69,7 @@ class SweepWork:
         self._machines: list[tuple[Node, DeviceInfo]] = []
         self._recorded: list[dict[str, Any]] = []
         self._newest: dict[str, tuple[int, str]] = {}
+        self._attempts: dict[str, int] = {}  # cell_id -> runs that its lost slots had begun
         for record in records:
             if record.get("kind") == "row":
                 self._remember(record["row"])
@@ -84,7 +85,7 @@ class SweepWork:
 
     def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
         """Place what had no home on the devices that exist now, and ask the ledger what of it is left."""
-        self._machines = devices
+        self._machines = distinct_machines(devices)
         asked = [device for _, device in devices], self._settings.sweep.limits.memory_budget_bytes
         placed = place(self._homeless, *asked)
         newcomers = [item for item in placed if item.decision is not Decision.UNPLACED]
@@ -147,25 +148,31 @@ class SweepWork:
         return [self._job(group, block, cell, order, slot) for order, cell in enumerate(block.cells)]
 
     def done(self, job: CellJob, result: RunResult) -> None:
-        """A run has its row: fill what only the driver knows, and store it."""
-        row = Row.from_dict(result.row)
-        defaults = {**job_columns(job), "ray": self._settings.ray_version}
-        row.set(**{name: value for name, value in defaults.items() if value is not None and row[name] is None})
-        row.set(ray=self._settings.ray_version)
-        result.row.clear()
-        result.row.update(row.to_dict())
+        """A run has its row: fill what only the driver knows, and store it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a row of this run; nothing was stored.
+        """
+        if (result.row.get("cell_id"), result.row.get("round")) != (job.cell.cell_id, job.round):
+            raise ValueError(f"a row of cell {result.row.get('cell_id')} round {result.row.get('round')} came back")
+        result.row["ray"] = self._settings.ray_version
+        self._add(result)
+        self._attempts.pop(job.cell.cell_id, None)
         self._under_way -= 1
         self.measured += 1
-        self._add(result)
 
-    def obituary(self, job: CellJob, reason: str) -> RunResult:
-        """The row of a run that no runner survived."""
+    def obituary(self, slot: BenchSlot, job: CellJob, reason: str) -> RunResult:
+        """The row of a run that no runner survived; the machine is the slot's, not the driver's."""
         row = Row()
         row.set(**job_columns(job), outcome=Outcome.CRASHED, reason=reason, error_type="RunnerLost")
+        row.set(machine_key=slot.node.report.machine_key)
         return RunResult(row=row.to_dict())
 
-    def broken(self, slot: BenchSlot, unfinished: Sequence[CellJob]) -> None:
+    def broken(self, slot: BenchSlot, running: CellJob | None, queued: Sequence[CellJob]) -> None:
         """The slot is lost: its groups are free for others, what its block had not finished is decided anew."""
+        unfinished = [*([running] if running else []), *queued]
+        for job in unfinished:  # a cell that takes its node down with it is not tried for ever on others
+            self._attempts[job.cell.cell_id] = job.attempt if job is running else job.attempt - 1
         groups = dict.fromkeys([*(job.cell.group_id for job in unfinished), *self._bound.pop(slot.slot_id, ())])
         self._under_way -= len(unfinished)
         self._decide(groups, ())
@@ -248,7 +255,8 @@ class SweepWork:
             sweep=sweep.name, cell=cell, hardware_requested=group.planned[cell.cell_id].hardware_requested,
             device=slot.device, profile=sweep.profile, round=block.round, block_id=block.block_id,
             order_in_round=order, result_key=self._keys.key(cell, slot.node, slot.device),
-            run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
+            run_id=self._settings.run_id, attempt=self._attempts.get(cell.cell_id, 0) + 1,
+            timeout_s=sweep.limits.cell_timeout_s,
             memory_budget_bytes=sweep.limits.memory_budget_bytes,
             quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
             quality_tokens=sweep.quality.tokens, quality_choices=sweep.quality.choices,

@@ -187,7 +187,7 @@ def test_a_broken_block_is_finished_as_a_new_one_elsewhere(folder: Path) -> None
     bench = Bench(folder, "a100", "a100")
     block = bench.work.take(bench.slot(0))
     bench.finish(block[0])
-    bench.work.broken(bench.slot(0), block[1:])
+    bench.work.broken(bench.slot(0), None, block[1:])
     order = [job for job in bench.finish_all(1) if job.cell.group_id == block[0].cell.group_id]
     assert min(job.round for job in order) == 1
     assert {job.block_id for job in order}.isdisjoint({block[0].block_id})
