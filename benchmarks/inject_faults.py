@@ -3,7 +3,7 @@
     python -m benchmarks.inject_faults --cells 200 --nodes 6 --seeds 3 --every 4
 
 Driver, dispatch, journal, store and processes are the real ones, only the measuring is left out. A seed fixes which
-faults come in which order; when they strike depends on the machine. Exit status 1 if anything was lost, doubled or left.
+faults come in which order; when they strike depends on the machine. Exit status 1 if anything is lost, doubled or left.
 """
 
 from __future__ import annotations

@@ -35,7 +35,13 @@ class Raylets:
         self.nodes: list[tuple[str, Any]] = []
 
     def add(self, tag: str) -> None:
-        self.nodes.append((tag, self._cluster.add_node(wait=False, **_arguments(tag, 1))))
+        for attempt in range(5):
+            try:
+                self.nodes.append((tag, self._cluster.add_node(wait=False, **_arguments(tag, 1))))
+                return
+            except Exception:  # Ray gives a raylet 30 s to start, which a loaded machine may not keep
+                if attempt == 4:
+                    raise
 
     def kill(self, index: int) -> str:
         """SIGKILL for every process of a node, its raylet first; returns its tag."""

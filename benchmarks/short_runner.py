@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runner import Runner
+from tasks.cell import Cell
 from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
@@ -63,7 +64,11 @@ class EmptyRunner:
         return {"cpus": []}
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
-        return {"row": finished(CellJob.from_dict(job))["row"], "samples": []}
+        cell = Cell.from_dict(job["cell"])
+        named = {name: job[name] for name in ("sweep", "round", "block_id", "result_key", "run_id", "attempt")}
+        row = {**named, "cell_id": cell.cell_id, "group_id": cell.group_id, "model": cell.model.id, "outcome": "ok",
+               "workload_point": str(cell.workload), "optimization": str(cell.stack), "hardware": cell.hardware}  # fmt: skip
+        return {"row": row, "samples": []}
 
     def close(self) -> None:
         """Nothing to tidy up."""

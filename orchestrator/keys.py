@@ -10,7 +10,7 @@ from orchestrator.inventory import Node
 from orchestrator.ledger import result_key
 from orchestrator.placement import Placed
 from orchestrator.sweep import Sweep
-from tasks.cell import Cell, ModelSpec
+from tasks.cell import Cell, ModelSpec, canonical_json
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
 from tasks.registry import optimizations, workloads
@@ -29,24 +29,32 @@ class KeyMaker:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._checkpoints: dict[ModelSpec, str] = {}
+        self._identities: dict[tuple[ModelSpec, str, str], str] = {}
 
     def key(self, cell: Cell, node: Node, device: DeviceInfo) -> str:
         """The key of `cell` measured on this device of this node."""
+        machine = node.report.machine_key
+        shared = (cell.model, cell.workload.kind, machine)
+        if shared not in self._identities:
+            self._identities[shared] = self._identity(cell, machine)
+        names = (*_LIBRARIES, *(package for name in cell.stack.names() for package in self._backends.get(name, ())))
+        versions = tuple((name, device.packages.get(name)) for name in names)
+        return result_key(f'{{"cell_id":"{cell.cell_id}",{self._identities[shared]}', versions)
+
+    def _identity(self, cell: Cell, machine: str) -> str:
+        """The rest of the canonical JSON, after the cell's id: cells of one model and kind share it on a machine."""
         if cell.model not in self._checkpoints:
             self._checkpoints[cell.model] = checkpoint_hash(cell.model, self._sweep.search_path)
         identity = {
-            "cell_id": cell.cell_id,
             "profile": self._sweep.profile,
             "seed": self._sweep.seed,
             "memory_budget_bytes": self._sweep.limits.memory_budget_bytes,
             "quality": self._quality(cell),
             "checkpoint": self._checkpoints[cell.model],
             "protocol": PROTOCOL_VERSION,
-            "machine": node.report.machine_key,
+            "machine": machine,
         }
-        names = (*_LIBRARIES, *(package for name in cell.stack.names() for package in self._backends.get(name, ())))
-        versions = tuple((name, device.packages.get(name)) for name in names)
-        return result_key(identity, versions)
+        return canonical_json(identity).removeprefix("{")
 
     def all(self, cell: Cell, machines: Iterable[tuple[Node, DeviceInfo]]) -> set[str] | None:
         """The keys of every live machine with the cell's tag, None when there is none."""

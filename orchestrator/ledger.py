@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from tasks.cell import Cell, digest
+from tasks.cell import Cell, digest, text_digest
 from tasks.row import Outcome
 
 Reuse = Literal["exact", "versions"]
@@ -112,15 +112,15 @@ class Ledger:
         return text
 
 
-def result_key(identity: dict[str, Any], versions: Iterable[tuple[str, str | None]]) -> str:
+def result_key(identity: str, versions: Iterable[tuple[str, str | None]]) -> str:
     """The key of a reusable result: `<digest of identity>-<digest of versions>`.
 
     Args:
-        identity: cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version and
+        identity: canonical JSON of cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version and
             machine_key.
         versions: names and versions of torch, transformers and the backends.
     """
-    return f"{digest(identity)}-{_versions_digest(tuple(versions))}"
+    return f"{text_digest(identity)}-{_versions_digest(tuple(versions))}"
 
 
 @lru_cache(maxsize=1024)

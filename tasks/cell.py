@@ -23,7 +23,12 @@ def canonical_json(value: object) -> str:
 
 def digest(value: object, length: int = ID_LENGTH) -> str:
     """Hexadecimal prefix of the SHA-256 of `canonical_json(value)`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+    return text_digest(canonical_json(value), length)
+
+
+def text_digest(text: str, length: int = ID_LENGTH) -> str:
+    """The same of a text that is canonical JSON already."""
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,11 +151,10 @@ class Cell:
 
     def _id_with(self, stack: str | None) -> str:
         """`digest` of hardware, model, stack and workload, put together from parts that many cells share."""
-        text = (
+        return text_digest(
             f'{{"hardware":{_shared_json(self.hardware)},"model":{self.model.identity_json},'
             f'"stack":{_shared_json(stack)},"workload":{self.workload.identity_json}}}'
         )
-        return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `from_dict`; crosses process and node borders."""
