@@ -19,10 +19,9 @@ import psutil
 _STORE_BYTES = 80 * 2**20
 _START_S = 120.0
 _STARTED = "Ray runtime started"
-_FASTER = {  # a host that is cut off is declared dead after some 10 s instead of a minute
-    "RAY_health_check_initial_delay_ms": "2000",
+_FASTER = {  # a host that is cut off is declared dead after some 20 s instead of a minute
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
 }
 

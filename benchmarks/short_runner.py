@@ -63,12 +63,15 @@ class EmptyRunner:
     def prepare(self, device: dict[str, Any], cpus: list[int], with_facts: bool) -> dict[str, Any]:
         return {"cpus": []}
 
-    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, text: str) -> str:
+        job = json.loads(text)
         cell = Cell.from_dict(job["cell"])
         named = {name: job[name] for name in ("sweep", "round", "block_id", "result_key", "run_id", "attempt")}
-        row = {**named, "cell_id": cell.cell_id, "group_id": cell.group_id, "model": cell.model.id, "outcome": "ok",
-               "workload_point": str(cell.workload), "optimization": str(cell.stack), "hardware": cell.hardware}  # fmt: skip
-        return {"row": row, "samples": []}
+        row = {
+            **named, "cell_id": cell.cell_id, "group_id": cell.group_id, "model": cell.model.id, "outcome": "ok",
+            "workload_point": str(cell.workload), "optimization": str(cell.stack), "hardware": cell.hardware,
+        }  # fmt: skip
+        return json.dumps({"row": row, "samples": []})
 
     def close(self) -> None:
         """Nothing to tidy up."""

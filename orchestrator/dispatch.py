@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -206,7 +207,8 @@ class Dispatcher:
         else:
             self._heed(slot, answer)
 
-    def _heed(self, slot: BenchSlot, answer: dict[str, Any]) -> None:
+    def _heed(self, slot: BenchSlot, answer: Any) -> None:
+        """An answer of the slot's runner: a dictionary about its node, or the JSON text of a finished run."""
         if slot.phase is Phase.STARTING:
             self._bind(slot, answer["accelerators"])
             slot.prepare()
@@ -224,8 +226,7 @@ class Dispatcher:
             self.progress.gone(slot.slot_id)
         elif slot.job is not None:
             try:
-                result = RunResult(row=answer["row"], samples=answer["samples"])
-                self._finish(slot, slot.job, result)
+                self._finish(slot, slot.job, RunResult(**json.loads(answer)))
             except (KeyError, TypeError, ValueError) as error:
                 self._fault(slot, f"the runner's answer is no row of its run: {_first_line(error)}")
             else:

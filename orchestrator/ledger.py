@@ -116,8 +116,8 @@ def result_key(identity: str, versions: Iterable[tuple[str, str | None]]) -> str
     """The key of a reusable result: `<digest of identity>-<digest of versions>`.
 
     Args:
-        identity: canonical JSON of cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version and
-            machine_key.
+        identity: canonical JSON of cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol
+            version and machine_key.
         versions: names and versions of torch, transformers and the backends.
     """
     return f"{text_digest(identity)}-{_versions_digest(tuple(versions))}"

@@ -18,7 +18,7 @@ VERBOSE = "BENCHMATRIX_VERBOSE"
 
 @contextmanager
 def quiet(log: Path) -> Iterator[TextIO]:
-    """Send file descriptor 2 (C++ libraries included) and what Python prints to `log`; yields the real standard error."""
+    """Send file descriptor 2 (C++ libraries included) and Python's prints to `log`; yields the real standard error."""
     sys.stderr.flush()
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
     if os.environ.get(VERBOSE) == "1":

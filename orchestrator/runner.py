@@ -6,9 +6,11 @@ It never imports torch: the measured code lives in isolated processes below it, 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,20 @@ class Runner:
         self._supervisor.start()
         return {**(self._supervisor.facts() if with_facts else {}), "cpus": list(affinity)}
 
-    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
-        """One run of one cell: `{"row", "samples"}`. Raises only when the supervisor itself cannot go on."""
+    def measure(self, job: str) -> str:
+        """One run of one cell, JSON both ways: a job, then `{"row", "samples"}`.
+
+        Text, so that what a measured process left is never unpickled by the driver. Raises only when the supervisor
+        itself cannot go on.
+        """
         if self._supervisor is None:
             raise RuntimeError("the runner was not prepared")
-        compile_cache = self._work / "compile" / CellJob.from_dict(job).cell.cell_id
+        given = CellJob.from_dict(json.loads(job))
+        compile_cache = self._work / "compile" / given.cell.cell_id
         compile_cache.mkdir(parents=True, exist_ok=True)
-        local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
-        result = self._supervisor.measure(CellJob.from_dict({**job, **local}))
-        return {"row": result.row, "samples": result.samples}
+        here = replace(given, compile_cache_dir=str(compile_cache), artifact_dir=str(artifact_folder()))
+        result = self._supervisor.measure(here)
+        return json.dumps({"row": result.row, "samples": result.samples})
 
     def close(self) -> None:
         """End every process of the slot and remove its files."""

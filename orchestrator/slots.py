@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -95,7 +96,7 @@ class BenchSlot:
     def measure(self, job: CellJob) -> None:
         self.job = job
         self.compiled.add(job.cell.cell_id)
-        self._await(self.actor.measure.remote(job.to_dict()), Phase.BUSY, job.timeout_s + GRACE_S)
+        self._await(self.actor.measure.remote(json.dumps(job.to_dict())), Phase.BUSY, job.timeout_s + GRACE_S)
 
     def idle(self) -> None:
         self.pending, self.job, self.phase = None, None, Phase.IDLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import time
@@ -238,11 +239,14 @@ def test_an_answer_that_is_no_row_of_its_run_is_a_fault(folder: Path, wrong: dic
     row.set(**job_columns(job), outcome="ok")
     faults: list[str] = []
     dispatcher._fault = lambda slot, reason: faults.append(reason)  # type: ignore[method-assign]
-    dispatcher._heed(slot, {"row": row.to_dict() | wrong, "samples": []})
+    dispatcher._heed(slot, json.dumps({"row": row.to_dict() | wrong, "samples": []}))
     assert len(faults) == 1 and faults[0].startswith("the runner's answer is no row of its run: ")
     assert not [record for record in read_journal(folder / "journal.jsonl") if record["kind"] == "row"]
-    dispatcher._heed(slot, {"row": row.to_dict(), "samples": []})
-    assert len(faults) == 1 and slot.phase is Phase.IDLE and bench.work.measured == 1
+    dispatcher._heed(slot, "no JSON")
+    dispatcher._heed(slot, object())
+    assert len(faults) == 3
+    dispatcher._heed(slot, json.dumps({"row": row.to_dict(), "samples": []}))
+    assert len(faults) == 3 and slot.phase is Phase.IDLE and bench.work.measured == 1
     bench.store.close()
 
 
