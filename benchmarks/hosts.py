@@ -96,7 +96,7 @@ class Hosts:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0",
-            "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120",
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **_FASTER,
         }  # fmt: skip
         self.hosts: list[Host] = []

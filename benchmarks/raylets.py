@@ -24,6 +24,7 @@ class Raylets:
         os.environ |= {
             MARK: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         from ray.cluster_utils import Cluster
