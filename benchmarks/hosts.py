@@ -109,18 +109,10 @@ class Hosts:
         self.start_head()
 
     def start_head(self) -> None:
-        """Returns when a driver can connect."""
-        log = self.folder / f"{self.head_space}.log"
-        before = log.read_text().count(_STARTED) if log.exists() else 0
         self.ray_start(
             self.head_space, "--head", "--port=6399", "--node-ip-address=10.213.0.1", "--num-gpus=0",
             "--labels=bench/hw=cpu", f"--temp-dir={self.folder}", "--include-dashboard=false",
         )  # fmt: skip
-        deadline = time.monotonic() + _START_S
-        while log.read_text().count(_STARTED) <= before:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the head did not start within {_START_S:.0f} s: {log.read_text()[-2000:]}")
-            time.sleep(0.2)
 
     def add(self, tag: str, accelerators: int = 1) -> Host:
         host = Host(self, len(self.hosts) + 1, tag, accelerators)
@@ -137,17 +129,23 @@ class Hosts:
         return subprocess.Popen(["ip", "netns", "exec", self.head_space, *command], env=self.environment, **options)
 
     def ray_start(self, space: str, *options: str) -> None:
+        """`ray start` in a namespace; returns when the raylet is up."""
         command: Sequence[str] = (
             "ip", "netns", "exec", space, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
             "--disable-usage-stats", "--num-cpus=1", f"--object-store-memory={_STORE_BYTES}", *options,
         )  # fmt: skip
-        with (self.folder / f"{space}.log").open("ab") as log:
-            self._started.append(
-                subprocess.Popen(
-                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
+        path = self.folder / f"{space}.log"
+        before = path.read_text().count(_STARTED) if path.exists() else 0
+        with path.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._started.append(process)
+        deadline = time.monotonic() + _START_S
+        while path.read_text().count(_STARTED) <= before:
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise TimeoutError(f"no raylet in {space} within {_START_S:.0f} s: {path.read_text()[-2000:]}")
+            time.sleep(0.2)
 
     def close(self) -> None:
         for space in [host.space for host in self.hosts] + [self.head_space]:

@@ -170,14 +170,17 @@ def dispatch(cells: int, where: Path) -> dict[str, Any]:
     try:
         actors = [ray.remote(_Bare).options(num_cpus=0).remote() for _ in range(SLOTS)]
         ray.get([actor.nothing.remote() for actor in actors for _ in range(20)])
-        before = _bare_rate(actors, cells)
+        before, used = _bare_rate(actors, cells)
         ours = _our_rate(cells, where / "out")
-        after, flood = _bare_rate(actors, cells), _flood_rate(actors, cells)
+        after, used_after = _bare_rate(actors, cells)
+        flood = _flood_rate(actors, cells)
     finally:
         ray.shutdown()
     bare = (before + after) / 2
-    return {**ours, "bare_per_s": bare, "bare_flood_per_s": flood, "ratio": ours["cells_per_s"] / bare,
-            "ratio_to_flood": ours["cells_per_s"] / flood}  # fmt: skip
+    return {
+        **ours, "bare_cpu_us": (used + used_after) / 2, "bare_per_s": bare, "bare_flood_per_s": flood,
+        "ratio": ours["cells_per_s"] / bare, "ratio_to_flood": ours["cells_per_s"] / flood,
+    }  # fmt: skip
 
 
 class _Bare:
@@ -185,11 +188,11 @@ class _Bare:
         return None
 
 
-def _bare_rate(actors: list[Any], calls: int) -> float:
-    """One call in flight per actor, as one run is per slot."""
+def _bare_rate(actors: list[Any], calls: int) -> tuple[float, float]:
+    """Calls a second, and the driver's CPU microseconds a call; one in flight per actor, as one run is per slot."""
     import ray
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     flying = {actor.nothing.remote(): actor for actor in actors}
     left = calls - len(flying)
     while flying:
@@ -200,7 +203,7 @@ def _bare_rate(actors: list[Any], calls: int) -> float:
             if left > 0:
                 flying[actor.nothing.remote()] = actor
                 left -= 1
-    return calls / (time.perf_counter() - started)
+    return calls / (time.perf_counter() - started), 1e6 * (time.process_time() - used) / calls
 
 
 def _flood_rate(actors: list[Any], calls: int) -> float:
@@ -224,21 +227,21 @@ def _our_rate(cells: int, out: Path) -> dict[str, Any]:
         work=made.work, inventory=Inventory(), journal=made.patient, progress=Progress(0, io.StringIO(), live=False),
         stopping=lambda: False, static=True, parallel=True, runner=EmptyRunner,
     )  # fmt: skip
-    marks: list[tuple[float, float, int]] = []
+    marks: list[tuple[float, float, int, float]] = []
     finish = made.work.done
 
     def done(*arguments: Any) -> None:
         finish(*arguments)
         if made.work.measured % 100 == 0:
-            marks.append((time.perf_counter(), _resident_mb(), made.work.measured))
+            marks.append((time.perf_counter(), _resident_mb(), made.work.measured, time.process_time()))
 
     made.work.done = done  # type: ignore[method-assign]
     driver.run()
     made.store.close()
     warm = [mark for mark in marks if mark[2] >= 500]  # by then every runner is up
-    (begun, memory, first), (ended, memory_after, last) = warm[0], warm[-1]
+    (begun, memory, first, used), (ended, memory_after, last, used_after) = warm[0], warm[-1]
     return {"cells": made.work.measured, "cells_per_s": (last - first) / (ended - begun),
-            "grown_mb": memory_after - memory}  # fmt: skip
+            "cpu_us": 1e6 * (used_after - used) / (last - first), "grown_mb": memory_after - memory}  # fmt: skip
 
 
 def _resident_mb() -> float:

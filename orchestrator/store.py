@@ -24,8 +24,8 @@ BATCH_SECONDS = 10.0
 # Runs that finish hundreds a second (the scale benchmark) gather for this long instead of filling a batch in 50 ms.
 BATCH_PAUSE_SECONDS = 1.0
 BATCH_LIMIT_ROWS = 1000
-# Where writing a part is slow, the pause is this many times as long, so that writing takes 5 % of the time.
-BATCH_SHARE = 20.0
+# Where writing a part is slow, the pause is this many times as long, so that writing takes 2 % of the time.
+BATCH_SHARE = 50.0
 
 
 class Records:

@@ -28,7 +28,7 @@ rounds: 1
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not allowed(), reason="network namespaces are not allowed here"),
 ]
 
@@ -84,7 +84,7 @@ def isolated(host: Host) -> list[psutil.Process]:
 
 def test_four_kinds_of_node(hosts: Hosts, run: Any, tmp_path: Path, tools: Any) -> None:
     process = run(SWEEP % ("16", ", ".join(TAGS)))
-    stdout, stderr = process.communicate(timeout=400)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["outcomes"] == {"ok": 8}
     found = rows(tmp_path / "out", tools)
@@ -97,7 +97,7 @@ def test_four_kinds_of_node(hosts: Hosts, run: Any, tmp_path: Path, tools: Any) 
 def test_a_host_is_cut_off_and_returns(hosts: Hosts, run: Any, tmp_path: Path, tools: Any) -> None:
     out, host = tmp_path / "out", hosts.hosts[1]
     process = run(SWEEP % ("16, 32, 48", "rtx3090"))
-    tools.wait_for(lambda: rows(out, tools), 200, "the first row", process)
+    tools.wait_for(lambda: rows(out, tools), 300, "the first row", process)
     assert isolated(host)
     host.cut_off()
     tools.wait_for(lambda: tools.journal(out, "fault"), 120, "the loss of the host", process)
@@ -106,7 +106,7 @@ def test_a_host_is_cut_off_and_returns(hosts: Hosts, run: Any, tmp_path: Path, t
     # what it was doing must not hold the accelerator when the host is back: its old raylet learns that it was given up
     tools.wait_for(lambda: not isolated(host), 120, "the end of the old runner")
     host.start()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     found = rows(out, tools)
     assert found[: len(kept)] == kept
@@ -119,7 +119,7 @@ def test_a_host_is_cut_off_and_returns(hosts: Hosts, run: Any, tmp_path: Path, t
 def test_the_head_is_lost_and_the_same_command_goes_on(hosts: Hosts, run: Any, tmp_path: Path, tools: Any) -> None:
     out, host, sweep = tmp_path / "out", hosts.hosts[0], SWEEP % ("16, 32, 48", "a100")
     first = run(sweep)
-    tools.wait_for(lambda: rows(out, tools), 200, "the first row", first)
+    tools.wait_for(lambda: rows(out, tools), 300, "the first row", first)
     hosts.lose_head()
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == 2, stderr
@@ -133,7 +133,7 @@ def test_the_head_is_lost_and_the_same_command_goes_on(hosts: Hosts, run: Any, t
     hosts.start_head()
     host.start()
     again = run(sweep)
-    stdout, stderr = again.communicate(timeout=400)
+    stdout, stderr = again.communicate(timeout=600)
     assert again.returncode == 0, stderr
     found = rows(out, tools)
     assert found[: len(kept)] == kept
