@@ -29,10 +29,14 @@ class ConnectionProblem(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """A live Ray session of this process. `local` means that it is ours alone and ends with us."""
+    """A live Ray session of this process. `local` means that it is ours alone and ends with us.
+
+    `head` is where the head's control service (GCS) listens, `host:port`.
+    """
 
     local: bool
     address: str
+    head: str
     ray_version: str
 
 
@@ -83,7 +87,8 @@ def connect(address: str | None = None) -> Iterator[Connection]:
     finally:
         os.environ.pop(MARK, None)  # Ray's processes have it; what this process starts later shall not
     try:
-        yield Connection(local=local, address=address or "local", ray_version=str(ray.__version__))
+        head = ray.get_runtime_context().gcs_address
+        yield Connection(local=local, address=address or "local", head=head, ray_version=str(ray.__version__))
     finally:
         ray.shutdown()
         if guard:

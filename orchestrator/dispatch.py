@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from orchestrator.work import SweepWork
 from tasks.device import DeviceInfo
 from tasks.job import CellJob, RunResult
 
-MAX_ATTEMPTS = 2
+MAX_ATTEMPTS = 3
 REFRESH_S = 3.0
 # How long a node that was lost may take to come back when nobody else has its tag.
 RETURN_S = 30.0
@@ -38,6 +39,7 @@ class Dispatcher:
     parallel: bool = False
     wait_nodes_s: float = 0.0
     log_path: Callable[[str], str | None] = lambda slot_id: None
+    runner: type | None = None
     slots: dict[str, BenchSlot] = field(default_factory=dict)
     _queues: dict[str, deque[CellJob]] = field(default_factory=dict)
     _refreshed: float = 0.0
@@ -105,7 +107,7 @@ class Dispatcher:
             slot_id = f"{node.report.hostname}-{node.short_id}/{f'gpu{device.index}' if accelerator else 'cpu'}"
             if slot_id not in self.slots:
                 self.slots[slot_id] = BenchSlot(
-                    slot_id=slot_id, node=node, device=device, log_path=self.log_path(slot_id)
+                    slot_id=slot_id, node=node, device=device, log_path=self.log_path(slot_id), runner=self.runner
                 )
                 self._waiting_since = None
         for message in [*messages, *self.work.offer(offered)]:
@@ -177,6 +179,8 @@ class Dispatcher:
             return
         measuring_here = self.static and any(slot.device.kind == "cpu" and slot.job for slot in active)
         ready, _ = ray.wait(references, timeout=QUIET_TICK_S if measuring_here else TICK_S)
+        if ready and len(ready) < len(references):  # whatever else is there: many slots end many runs in one turn
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         for reference in ready:
             slot = by_reference.get(reference)
             if slot is not None and slot.pending is reference:
@@ -203,7 +207,8 @@ class Dispatcher:
         else:
             self._heed(slot, answer)
 
-    def _heed(self, slot: BenchSlot, answer: dict[str, Any]) -> None:
+    def _heed(self, slot: BenchSlot, answer: Any) -> None:
+        """An answer of the slot's runner: a dictionary about its node, or the JSON text of a finished run."""
         if slot.phase is Phase.STARTING:
             self._bind(slot, answer["accelerators"])
             slot.prepare()
@@ -220,10 +225,13 @@ class Dispatcher:
             slot.idle()
             self.progress.gone(slot.slot_id)
         elif slot.job is not None:
-            slot.starts = 0
-            result = RunResult(row=answer["row"], samples=answer["samples"])
-            self._finish(slot, slot.job, result)
-            slot.idle()
+            try:
+                self._finish(slot, slot.job, RunResult(**json.loads(answer)))
+            except (KeyError, TypeError, ValueError) as error:
+                self._fault(slot, f"the runner's answer is no row of its run: {_first_line(error)}")
+            else:
+                slot.starts = 0
+                slot.idle()
 
     def _bind(self, slot: BenchSlot, accelerators: list[str]) -> None:
         """On a node with unlike accelerators Ray chooses which one a runner gets; the slot that has it swaps."""
@@ -242,7 +250,7 @@ class Dispatcher:
         self.progress.finished(slot.slot_id, result.row, time.monotonic() - slot.since)
 
     def _fault(self, slot: BenchSlot, reason: str) -> None:
-        """A fault of the infrastructure: note it, kill the runner, and try its run once more on a new one."""
+        """A fault of the infrastructure: note it, kill the runner, and try its run again on a new one."""
         job = slot.job
         self._note_fault(slot, reason)
         self.progress.say(f"{slot.slot_id}: {reason}")
@@ -254,9 +262,7 @@ class Dispatcher:
         if job is not None and job.attempt < MAX_ATTEMPTS:
             queue.appendleft(replace(job, attempt=job.attempt + 1))
         elif job is not None:
-            result = self.work.obituary(job, f"{reason}; gave up after {job.attempt} attempts")
-            self.work.done(job, result)
-            self.progress.finished(slot.slot_id, result.row, time.monotonic() - since)
+            self._bury(slot, job, reason, time.monotonic() - since)
         if slot.starts >= MAX_STARTS:
             self._lose(slot, f"{slot.starts} runners were lost in a row")
         elif queue:
@@ -271,11 +277,19 @@ class Dispatcher:
         """The slot will not come back: its block is broken, its groups are free for others."""
         self._note_fault(slot, f"slot given up: {reason}")
         self.progress.say(f"{slot.slot_id} is out: {reason}")
-        unfinished = [*([slot.job] if slot.job else []), *self._queues.pop(slot.slot_id, ())]
+        running, queued = slot.job, self._queues.pop(slot.slot_id, ())
         slot.give_up()
-        self.work.broken(slot, unfinished)
+        if running is not None and running.attempt >= MAX_ATTEMPTS:
+            self._bury(slot, running, reason, time.monotonic() - slot.since)
+            running = None
+        self.work.broken(slot, running, tuple(queued))
         self.progress.gone(slot.slot_id)
         self.progress.expect(self.work.runs())
+
+    def _bury(self, slot: BenchSlot, job: CellJob, reason: str, seconds: float) -> None:
+        result = self.work.obituary(slot, job, f"{reason}; gave up after {job.attempt} attempts")
+        self.work.done(job, result)
+        self.progress.finished(slot.slot_id, result.row, seconds)
 
     def _alive(self) -> set[str]:
         import ray

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,16 @@ from tasks.uri import check_uri, is_uri
 
 EXIT_OK, EXIT_PROBLEMS = 0, 1
 RESULTS = Path("results")
+_LAST_FLUSH_S = 5.0
 _FINE = {"ok", "oom", "unsupported"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `benchmatrix run`. `out` is a folder, or a URI such as `s3://bucket/results`."""
+    """The options of `benchmatrix run`. `out` is a folder, or a URI such as `s3://bucket/results`.
+
+    `runner` replaces `orchestrator.runner.Runner` in our own benchmarks.
+    """
 
     out: str | Path | None = None
     address: str | None = None
@@ -37,6 +41,7 @@ class Options:
     retry: tuple[str, ...] = ()
     wait_nodes_s: float = 0.0
     parallel_gpus: bool = False
+    runner: type | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,7 @@ class _Results:
 def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, progress_to: TextIO | None) -> Finished:
     from orchestrator.connection import connect
     from orchestrator.dispatch import Dispatcher
+    from orchestrator.head import watched
     from orchestrator.inventory import Inventory
     from orchestrator.patience import PatientStore
     from orchestrator.progress import Progress
@@ -143,8 +149,12 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
             if results.mirror is not None:
                 results.mirror.say = progress.say
             # listening after connecting: Ray installs handlers of its own
-            with connect(options.address) as connection, stop.listening(terminal, last_words=progress.stop):
-                patient = PatientStore(store, stopping=stop, say=progress.say)
+            patient = PatientStore(store, stopping=stop, say=progress.say)
+            with (
+                connect(options.address) as connection,
+                watched(connection.head, _head_lost(patient, progress, out)),
+                stop.listening(terminal, last_words=progress.stop),
+            ):
                 settings = RunSettings(
                     sweep=sweep, run_id=run.run_id, ray_version=connection.ray_version, reuse=options.reuse,
                     retry=options.retry,
@@ -158,7 +168,7 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
                 )  # fmt: skip
                 work = SweepWork(
                     cells.planned, patient, store.records, settings, only=cells.chosen,
-                    settled=lambda row: progress.finished(None, row), write_plan=store.write_plan,
+                    settled=lambda row: progress.finished(None, row), write_plan=patient.write_plan,
                 )  # fmt: skip
                 if not connection.local:
                     named = {"run_id": run.run_id, "sweep": sweep.name, "out": results.where}
@@ -167,6 +177,7 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
                     work=work, inventory=Inventory(), journal=patient, progress=progress, stopping=stop,
                     static=connection.local, parallel=options.parallel_gpus, wait_nodes_s=options.wait_nodes_s,
                     log_path=_log_paths(out) if connection.local else lambda slot_id: None,
+                    runner=options.runner,
                 )  # fmt: skip
                 dispatcher.run()
                 finished = Finished(
@@ -178,6 +189,17 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
                     progress.watch.close(finished.status)
             patient.note("end", run_id=run.run_id, **finished.document())
     return finished
+
+
+def _head_lost(patient: Any, progress: Any, out: Path) -> Callable[[str], None]:
+    """What is done when the head is gone: the rows so far become readable, and the person learns how to go on."""
+
+    def last_words(sentence: str) -> None:
+        progress.stop()
+        progress.say(f"benchmatrix: {sentence}: {out} keeps its rows, the same command goes on once it is back")
+        patient.last_flush(_LAST_FLUSH_S)
+
+    return last_words
 
 
 def _load(sweep: str | Sweep | Mapping[str, Any], options: Options) -> Sweep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ HARDWARE_LABEL = "bench/hw"
 HARDWARE_RESOURCE = "hw:"
 NODE_ID_LABEL = "ray.io/node-id"
 PROBE_S = 120.0
+MAX_PROBES = 3
 
 
 class VersionMismatch(RuntimeError):
@@ -67,6 +69,8 @@ class Inventory:
         self.nodes: dict[str, Node] = {}
         self._probing: dict[str, tuple[Any, dict[str, Any], float]] = {}
         self.left_out: dict[str, str] = {}  # node id -> why nothing runs there
+        self._failures: Counter[str] = Counter()
+        self._again: set[str] = set()
 
     def settle(self) -> Changes:
         """The first refresh: waits until every node that is alive now has been probed."""
@@ -77,9 +81,10 @@ class Inventory:
             changes = self.refresh()
             joined += changes.joined
             messages += changes.messages
-            if not self._probing:
+            if self._probing:
+                ray.wait(self.pending(), timeout=1.0)
+            elif not self._again:
                 return Changes(joined=joined, messages=messages)
-            ray.wait(self.pending(), timeout=1.0)
 
     def pending(self) -> list[Any]:
         """References of probes under way."""
@@ -89,6 +94,7 @@ class Inventory:
         """Compare with Ray's list of nodes; 0.3 ms when nothing changed."""
         import ray
 
+        self._again.clear()
         alive = {entry["NodeID"]: entry for entry in ray.nodes() if entry["Alive"]}
         lost = [node_id for node_id in self.nodes if node_id not in alive]
         for node_id in lost:
@@ -125,6 +131,10 @@ class Inventory:
             try:
                 node = self._node(entry, ray.get(reference))
             except (ray.exceptions.RayError, VersionMismatch) as error:
+                self._failures[node_id] += 1
+                if self._failures[node_id] < MAX_PROBES and not isinstance(error, VersionMismatch):
+                    self._again.add(node_id)  # a worker that died is not the node's fault: the next refresh asks again
+                    continue
                 text = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
                 messages.append(self._leave_out(node_id, name, text))
                 continue

@@ -10,7 +10,7 @@ from orchestrator.inventory import Node
 from orchestrator.ledger import result_key
 from orchestrator.placement import Placed
 from orchestrator.sweep import Sweep
-from tasks.cell import Cell, ModelSpec, Technique
+from tasks.cell import Cell, ModelSpec, Technique, canonical_json
 from tasks.choices import content_hash
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
@@ -32,29 +32,37 @@ class KeyMaker:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._checkpoints: dict[ModelSpec, str] = {}
+        self._identities: dict[tuple[ModelSpec, str, str], str] = {}
+        self._contents: dict[Technique, dict[str, str]] = {}
 
     def key(self, cell: Cell, node: Node, device: DeviceInfo) -> str:
         """The key of `cell` measured on this device of this node."""
+        machine = node.report.machine_key
+        shared = (cell.model, cell.workload.kind, machine)
+        if shared not in self._identities:
+            self._identities[shared] = self._identity(cell, machine)
+        backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
+        if self._sweep.quality.tasks and self._quality(cell):
+            backends.append(PACKAGE)
+        versions = tuple((name, device.packages.get(name)) for name in (*_LIBRARIES, *backends))
+        content = {item.name: found for item in cell.stack.techniques if (found := self._content(item))}
+        own = f'"content":{canonical_json(content)},' if content else ""
+        return result_key(f'{{"cell_id":"{cell.cell_id}",{own}{self._identities[shared]}', versions)
+
+    def _identity(self, cell: Cell, machine: str) -> str:
+        """The rest of the canonical JSON, after the cell's id: cells of one model and kind share it on a machine."""
         if cell.model not in self._checkpoints:
             self._checkpoints[cell.model] = checkpoint_hash(cell.model, self._sweep.search_path)
         identity = {
-            "cell_id": cell.cell_id,
             "profile": self._sweep.profile,
             "seed": self._sweep.seed,
             "memory_budget_bytes": self._sweep.limits.memory_budget_bytes,
             "quality": self._quality(cell),
             "checkpoint": self._checkpoints[cell.model],
             "protocol": PROTOCOL_VERSION,
-            "machine": node.report.machine_key,
+            "machine": machine,
         }
-        content = {item.name: found for item in cell.stack.techniques if (found := self._content(item))}
-        if content:
-            identity["content"] = content
-        backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
-        if identity["quality"] and self._sweep.quality.tasks:
-            backends.append(PACKAGE)
-        versions = {name: device.packages.get(name) for name in (*_LIBRARIES, *backends)}
-        return result_key(identity, versions)
+        return canonical_json(identity).removeprefix("{")
 
     def all(self, cell: Cell, machines: Iterable[tuple[Node, DeviceInfo]]) -> set[str] | None:
         """The keys of every live machine with the cell's tag, None when there is none."""
@@ -71,7 +79,10 @@ class KeyMaker:
 
     def _content(self, technique: Technique) -> dict[str, str]:
         """Files that its options name count by what is in them."""
-        return optimizations()[technique.name].content(technique, self._sweep.search_path)
+        if technique not in self._contents:
+            found = optimizations()[technique.name].content(technique, self._sweep.search_path)
+            self._contents[technique] = found
+        return self._contents[technique]
 
     def _quality(self, cell: Cell) -> dict[str, Any] | None:
         """How its quality is judged, None where it is not: such cells keep their rows whatever the sweep asks."""
@@ -97,3 +108,12 @@ class KeyMaker:
     @cached_property
     def _backends(self) -> dict[str, tuple[str, ...]]:
         return {name: technique.needs.packages for name, technique in optimizations().items()}
+
+
+def distinct_machines(devices: Iterable[tuple[Node, DeviceInfo]]) -> list[tuple[Node, DeviceInfo]]:
+    """One of those that give equal keys: a thousand equal nodes are one machine here."""
+    found: dict[tuple[Any, ...], tuple[Node, DeviceInfo]] = {}
+    for node, device in devices:
+        packages = tuple(sorted(device.packages.items()))
+        found.setdefault((device.tag, node.report.machine_key, packages), (node, device))
+    return list(found.values())

@@ -11,9 +11,10 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from tasks.cell import Cell, digest
+from tasks.cell import Cell, digest, text_digest
 from tasks.row import Outcome
 
 Reuse = Literal["exact", "versions"]
@@ -111,15 +112,20 @@ class Ledger:
         return text
 
 
-def result_key(identity: dict[str, Any], versions: dict[str, Any]) -> str:
+def result_key(identity: str, versions: Iterable[tuple[str, str | None]]) -> str:
     """The key of a reusable result: `<digest of identity>-<digest of versions>`.
 
     Args:
-        identity: cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol version and
-            machine_key.
-        versions: torch, transformers and backend versions.
+        identity: canonical JSON of cell_id, profile, seed, memory budget, quality settings, checkpoint hash, protocol
+            version and machine_key.
+        versions: names and versions of torch, transformers and the backends.
     """
-    return f"{digest(identity)}-{digest(versions)}"
+    return f"{text_digest(identity)}-{_versions_digest(tuple(versions))}"
+
+
+@lru_cache(maxsize=1024)
+def _versions_digest(versions: tuple[tuple[str, str | None], ...]) -> str:
+    return digest(dict(versions))
 
 
 def decide(

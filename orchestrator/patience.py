@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ class PatientStore:
 
     def __init__(self, store: Store, *, stopping: Callable[[], bool], say: Callable[[str], None]) -> None:
         self._store, self._stopping, self._say = store, stopping, say
+        self._busy = threading.RLock()
 
     def note(self, kind: str, **fields: Any) -> None:
         self._patiently(lambda: self._store.note(kind, **fields))
@@ -27,11 +29,20 @@ class PatientStore:
     def tick(self) -> None:
         self._patiently(self._store.tick)
 
+    def write_plan(self, planned: list[dict[str, Any]]) -> None:
+        self._patiently(lambda: self._store.write_plan(planned))
+
+    def last_flush(self, wait_s: float) -> None:
+        """From another thread, just before the process ends: write what is buffered, and let nobody write after it."""
+        if self._busy.acquire(timeout=wait_s):  # never released
+            self._store.flush()
+
     def _patiently(self, call: Callable[[], None]) -> None:
         said = False
         while True:
             try:
-                return call()
+                with self._busy:
+                    return call()
             except StoreFull as error:
                 if self._stopping():
                     raise

@@ -6,6 +6,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Planning:
     def runs(self) -> int:
         return sum(item.planned.rounds for item in self.placed if item.to_run)
 
-    @property
+    @cached_property
     def estimated_s(self) -> float:
         """The longest hardware's share, its slots working side by side."""
         seconds: dict[str, float] = defaultdict(float)

@@ -1,11 +1,11 @@
-"""Keeps the terminal for the person: whatever libraries write to standard error goes to a log file instead."""
+"""Keeps the terminal for the person: whatever libraries write goes to a log file instead."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,7 +18,7 @@ VERBOSE = "BENCHMATRIX_VERBOSE"
 
 @contextmanager
 def quiet(log: Path) -> Iterator[TextIO]:
-    """Send file descriptor 2 (C++ libraries included) to `log`; yields a stream to the real standard error."""
+    """Send file descriptor 2 (C++ libraries included) and Python's prints to `log`; yields the real standard error."""
     sys.stderr.flush()
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
     if os.environ.get(VERBOSE) == "1":
@@ -30,7 +30,8 @@ def quiet(log: Path) -> Iterator[TextIO]:
     os.dup2(sink, 2)
     os.close(sink)
     try:
-        yield terminal
+        with redirect_stdout(sys.stderr):  # Ray announces a raylet's death on standard output, whatever it was told
+            yield terminal
     finally:
         sys.stderr.flush()
         os.dup2(terminal.fileno(), 2)

@@ -6,6 +6,7 @@ It never imports torch: the measured code lives in isolated processes below it, 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.guard import MARK
+from tasks.cell import Cell
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.supervisor import Supervisor
@@ -50,15 +52,21 @@ class Runner:
         self._supervisor.start()
         return {**(self._supervisor.facts() if with_facts else {}), "cpus": list(affinity)}
 
-    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
-        """One run of one cell: `{"row", "samples"}`. Raises only when the supervisor itself cannot go on."""
+    def measure(self, job: str) -> str:
+        """One run of one cell, JSON both ways: a job, then `{"row", "samples"}`.
+
+        Text, so that what a measured process left is never unpickled by the driver. Raises only when the supervisor
+        itself cannot go on.
+        """
         if self._supervisor is None:
             raise RuntimeError("the runner was not prepared")
-        compile_cache = self._work / "compile" / CellJob.from_dict(job).cell.cell_id
+        given = at_home(json.loads(job), self._driver_home)
+        compile_cache = self._work / "compile" / Cell.from_dict(given["cell"]).cell_id
         compile_cache.mkdir(parents=True, exist_ok=True)
         local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
-        result = self._supervisor.measure(CellJob.from_dict({**at_home(job, self._driver_home), **local}))
-        return {"row": result.row, "samples": result.samples}
+        here = CellJob.from_dict({**given, **local})
+        result = self._supervisor.measure(here)
+        return json.dumps({"row": result.row, "samples": result.samples})
 
     def close(self) -> None:
         """End every process of the slot and remove its files."""

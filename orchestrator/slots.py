@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,8 +18,8 @@ PREPARING_S = 480.0
 # Beyond a cell's own limit: the supervisor needs a moment to kill it, read its remains and answer.
 GRACE_S = 45.0
 CLOSING_S = 10.0
-# Actors that died in a row without one finished run; then the slot is given up.
-MAX_STARTS = 3
+# Actors that died in a row without one finished run; then the slot is given up. More than one cell may take with it.
+MAX_STARTS = 4
 
 
 class Phase(StrEnum):
@@ -32,13 +33,17 @@ class Phase(StrEnum):
 
 @dataclass(kw_only=True, eq=False)
 class BenchSlot:
-    """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave."""
+    """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave.
+
+    `runner` is the actor's class, `orchestrator.runner.Runner` unless a benchmark puts its own in its place.
+    """
 
     slot_id: str
     node: Node
     device: DeviceInfo
     cpus: tuple[int, ...] = ()
     log_path: str | None = None
+    runner: type | None = None
     phase: Phase = Phase.ASLEEP
     actor: Any = None
     pending: Any = None
@@ -72,7 +77,7 @@ class BenchSlot:
         self.starts += 1
         self.compiled.clear()
         self.actor = (
-            ray.remote(Runner)
+            ray.remote(self.runner or Runner)
             .options(
                 label_selector={NODE_ID_LABEL: self.node.node_id},
                 num_gpus=1 if self.uses_accelerator else 0,
@@ -92,7 +97,7 @@ class BenchSlot:
     def measure(self, job: CellJob) -> None:
         self.job = job
         self.compiled.add(job.cell.cell_id)
-        self._await(self.actor.measure.remote(job.to_dict()), Phase.BUSY, limit_s(job) + GRACE_S)
+        self._await(self.actor.measure.remote(json.dumps(job.to_dict())), Phase.BUSY, limit_s(job) + GRACE_S)
 
     def idle(self) -> None:
         self.pending, self.job, self.phase = None, None, Phase.IDLE

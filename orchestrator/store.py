@@ -24,6 +24,8 @@ BATCH_SECONDS = 10.0
 # Runs that finish hundreds a second (the scale benchmark) gather for this long instead of filling a batch in 50 ms.
 BATCH_PAUSE_SECONDS = 1.0
 BATCH_LIMIT_ROWS = 1000
+# Where writing a part is slow, the pause is this many times as long, so that writing takes 2 % of the time.
+BATCH_SHARE = 50.0
 
 
 class Records:
@@ -55,6 +57,7 @@ class Store:
         self._buffer: list[Entry] = []
         self._buffered_since = 0.0
         self._tried_at = -BATCH_PAUSE_SECONDS
+        self._write_s = 0.0
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "log").mkdir(exist_ok=True)
@@ -185,7 +188,8 @@ class Store:
     def tick(self) -> None:
         """Write the Parquet batches that are due; call it often. On `StoreFull` nothing is lost: wait, call again."""
         now = time.monotonic()
-        if now - self._tried_at < BATCH_PAUSE_SECONDS and len(self._buffer) < BATCH_LIMIT_ROWS:
+        pause_s = max(BATCH_PAUSE_SECONDS, BATCH_SHARE * self._write_s)
+        if now - self._tried_at < pause_s and len(self._buffer) < BATCH_LIMIT_ROWS:
             return
         rows_due = self._buffer and (len(self._buffer) >= BATCH_ROWS or now - self._buffered_since >= BATCH_SECONDS)
         samples_due = self._samples.waiting >= BATCH_ROWS
@@ -196,6 +200,7 @@ class Store:
             self._write_rows()
         if samples_due:
             self._samples.merge()
+        self._write_s = time.monotonic() - now
 
     def flush(self) -> None:
         """Sync the journal and write every buffered row to its part."""

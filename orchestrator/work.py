@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from orchestrator.expand import PlannedCell
 from orchestrator.inventory import Node
-from orchestrator.keys import KeyMaker
+from orchestrator.keys import KeyMaker, distinct_machines
 from orchestrator.ledger import Block, Ledger, Reuse, decide
 from orchestrator.patience import PatientStore
 from orchestrator.placement import Decision, Placed, devices_of, place, plan_row
@@ -21,6 +22,7 @@ from tasks.cell import Cell
 from tasks.device import DeviceInfo, tag_matches
 from tasks.identity import cell_columns, job_columns
 from tasks.job import CellJob, RunResult
+from tasks.registry import optimizations
 from tasks.row import Outcome, Row
 
 
@@ -43,6 +45,12 @@ class _GroupWork:
     hardware: str
     planned: dict[str, PlannedCell] = field(default_factory=dict)
     blocks: deque[Block] = field(default_factory=deque)
+
+    @cached_property
+    def executed(self) -> bool:
+        """Whether one of its cells must run in an executed process: then all do, since forks differ from these."""
+        known = optimizations()
+        return any(known[name].executed for item in self.planned.values() for name in item.cell.stack.names())
 
 
 class SweepWork:
@@ -70,6 +78,7 @@ class SweepWork:
         self._machines: list[tuple[Node, DeviceInfo]] = []
         self._recorded: list[dict[str, Any]] = []
         self._newest: dict[str, tuple[int, str]] = {}
+        self._attempts: dict[str, int] = {}  # cell_id -> runs that its lost slots had begun
         for record in records:
             if record.get("kind") == "row":
                 self._remember(record["row"])
@@ -85,7 +94,7 @@ class SweepWork:
 
     def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
         """Place what had no home on the devices that exist now, and ask the ledger what of it is left."""
-        self._machines = devices
+        self._machines = distinct_machines(devices)
         asked = [device for _, device in devices], self._settings.sweep.limits.memory_budget_bytes
         placed = place(self._homeless, *asked)
         newcomers = [item for item in placed if item.decision is not Decision.UNPLACED]
@@ -149,25 +158,31 @@ class SweepWork:
         return [self._job(group, block, cell, order, slot) for order, cell in enumerate(block.cells)]
 
     def done(self, job: CellJob, result: RunResult) -> None:
-        """A run has its row: fill what only the driver knows, and store it."""
-        row = Row.from_dict(result.row)
-        defaults = {**job_columns(job), "ray": self._settings.ray_version}
-        row.set(**{name: value for name, value in defaults.items() if value is not None and row[name] is None})
-        row.set(ray=self._settings.ray_version)
-        result.row.clear()
-        result.row.update(row.to_dict())
+        """A run has its row: fill what only the driver knows, and store it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a row of this run; nothing was stored.
+        """
+        if (result.row.get("cell_id"), result.row.get("round")) != (job.cell.cell_id, job.round):
+            raise ValueError(f"a row of cell {result.row.get('cell_id')} round {result.row.get('round')} came back")
+        result.row["ray"] = self._settings.ray_version
+        self._add(result)
+        self._attempts.pop(job.cell.cell_id, None)
         self._under_way -= 1
         self.measured += 1
-        self._add(result)
 
-    def obituary(self, job: CellJob, reason: str) -> RunResult:
-        """The row of a run that no runner survived."""
+    def obituary(self, slot: BenchSlot, job: CellJob, reason: str) -> RunResult:
+        """The row of a run that no runner survived; the machine is the slot's, not the driver's."""
         row = Row()
         row.set(**job_columns(job), outcome=Outcome.CRASHED, reason=reason, error_type="RunnerLost")
+        row.set(machine_key=slot.node.report.machine_key)
         return RunResult(row=row.to_dict())
 
-    def broken(self, slot: BenchSlot, unfinished: Sequence[CellJob]) -> None:
+    def broken(self, slot: BenchSlot, running: CellJob | None, queued: Sequence[CellJob]) -> None:
         """The slot is lost: its groups are free for others, what its block had not finished is decided anew."""
+        unfinished = [*([running] if running else []), *queued]
+        for job in unfinished:  # a cell that takes its node down with it is not tried for ever on others
+            self._attempts[job.cell.cell_id] = job.attempt if job is running else job.attempt - 1
         groups = dict.fromkeys([*(job.cell.group_id for job in unfinished), *self._bound.pop(slot.slot_id, ())])
         self._under_way -= len(unfinished)
         self._decide(groups, ())
@@ -259,10 +274,10 @@ class SweepWork:
             sweep=sweep.name, cell=cell, hardware_requested=group.planned[cell.cell_id].hardware_requested,
             device=slot.device, profile=sweep.profile, round=block.round, block_id=block.block_id,
             order_in_round=order, result_key=self._keys.key(cell, slot.node, slot.device),
-            run_id=self._settings.run_id, timeout_s=sweep.limits.cell_timeout_s,
-            artifact_timeout_s=sweep.limits.artifact_timeout_s,
+            run_id=self._settings.run_id, attempt=self._attempts.get(cell.cell_id, 0) + 1,
+            timeout_s=sweep.limits.cell_timeout_s, artifact_timeout_s=sweep.limits.artifact_timeout_s,
             memory_budget_bytes=sweep.limits.memory_budget_bytes,
-            quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
+            executed=group.executed, quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
             **sweep.quality.job_fields(),
             search_path=sweep.search_path, seed=sweep.seed,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 Scalar = str | int | float | bool
@@ -22,7 +23,12 @@ def canonical_json(value: object) -> str:
 
 def digest(value: object, length: int = ID_LENGTH) -> str:
     """Hexadecimal prefix of the SHA-256 of `canonical_json(value)`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+    return text_digest(canonical_json(value), length)
+
+
+def text_digest(text: str, length: int = ID_LENGTH) -> str:
+    """The same of a text that is canonical JSON already."""
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,20 +47,24 @@ class Technique:
         return dict(self.options).get(key, default)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Stack:
     """Techniques in the canonical order of their families; empty means the model as published."""
 
     techniques: tuple[Technique, ...] = ()
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return "+".join(map(str, self.techniques)) or BASELINE
+
+    def __str__(self) -> str:
+        return self._text
 
     def names(self) -> tuple[str, ...]:
         return tuple(technique.name for technique in self.techniques)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Which model: `id` is the name shown, `reference` what `source` needs to find it.
 
@@ -79,25 +89,41 @@ class ModelSpec:
             "trust_remote_code": self.trust_remote_code,
         }
 
+    @cached_property
+    def identity_json(self) -> str:
+        return canonical_json(self.identity())
+
 
 NO_MODEL = ModelSpec(id="none", source="none", kind="none")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkloadPoint:
     """One point of a workload's axes: every parameter a scalar, defaults filled in, sorted by name."""
 
     kind: str
     parameters: tuple[tuple[str, Scalar], ...] = ()
 
+    @cached_property
+    def _values(self) -> dict[str, Scalar]:
+        return dict(self.parameters)
+
     def __getitem__(self, key: str) -> Any:
-        return dict(self.parameters)[key]
+        return self._values[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        return dict(self.parameters).get(key, default)
+        return self._values.get(key, default)
+
+    @cached_property
+    def identity_json(self) -> str:
+        return canonical_json([self.kind, self._values])
+
+    @cached_property
+    def _text(self) -> str:
+        return f"{self.kind}[{','.join(f'{key}={_text(value)}' for key, value in self.parameters)}]"
 
     def __str__(self) -> str:
-        return f"{self.kind}[{','.join(f'{key}={_text(value)}' for key, value in self.parameters)}]"
+        return self._text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,27 +136,24 @@ class Cell:
     hardware: str
     baseline: Stack = field(default_factory=Stack)
 
-    @property
+    @cached_property
     def cell_id(self) -> str:
-        return self._id_with(self.stack)
+        return self._id_with(str(self.stack))
 
-    @property
+    @cached_property
     def baseline_id(self) -> str:
-        return self._id_with(self.baseline)
+        return self._id_with(str(self.baseline))
 
-    @property
+    @cached_property
     def group_id(self) -> str:
         """Equal for the cells that are compared with each other: all but the stack."""
         return self._id_with(None)
 
-    def _id_with(self, stack: Stack | None) -> str:
-        return digest(
-            {
-                "model": self.model.identity(),
-                "workload": [self.workload.kind, dict(self.workload.parameters)],
-                "stack": None if stack is None else str(stack),
-                "hardware": self.hardware,
-            }
+    def _id_with(self, stack: str | None) -> str:
+        """`digest` of hardware, model, stack and workload, put together from parts that many cells share."""
+        return text_digest(
+            f'{{"hardware":{_shared_json(self.hardware)},"model":{self.model.identity_json},'
+            f'"stack":{_shared_json(stack)},"workload":{self.workload.identity_json}}}'
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +177,11 @@ class Cell:
             baseline=_stack_from_list(data["baseline"]),
             hardware=data["hardware"],
         )
+
+
+@lru_cache(maxsize=4096)
+def _shared_json(text: str | None) -> str:
+    return canonical_json(text)
 
 
 def _stack_to_list(stack: Stack) -> list[dict[str, Any]]:

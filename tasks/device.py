@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DeviceKind = Literal["cuda", "cpu"]
@@ -33,7 +33,7 @@ class DeviceInfo:
     simulated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "packages": dict(self.packages)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeviceInfo:

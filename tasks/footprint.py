@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -46,12 +45,11 @@ def lower_bound(cell: Cell) -> Footprint:
         return Footprint(weight_bytes=None, cache_bytes=None)
     known = optimizations()
     per_weight = _BYTES.get(precision_of(cell) or "", shape.published_bytes)
-    in_blocks = next(
-        (getattr(known[t.name], "bits", 8 * per_weight) / 8 for t in cell.stack.techniques
-         if known[t.name].family == "compression"),
-        per_weight,
-    )  # fmt: skip
-    resident = math.prod(known[t.name].resident(t) for t in cell.stack.techniques)
+    in_blocks, resident = per_weight, 1.0
+    for technique in cell.stack.techniques:
+        resident *= known[technique.name].resident(technique)
+        if known[technique.name].family == "compression":
+            in_blocks = getattr(known[technique.name], "bits", 8 * per_weight) / 8
     weights = resident * shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step" and not freezes_weights(cell):
         weights = _trained_bytes(cell, shape)

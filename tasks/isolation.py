@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -63,8 +63,7 @@ class Isolation:
     def start(self) -> None:
         """Start the fork server without waiting for its imports."""
         if self._server is None:
-            _made(self.log_path.parent)
-            with self.log_path.open("a") as log:
+            with self._open_log() as log:
                 self._server = subprocess.Popen(
                     [sys.executable, "-m", "tasks.forkserver"],
                     stdin=subprocess.PIPE,
@@ -176,7 +175,7 @@ class Isolation:
         return (os.waitstatus_to_exitcode(reply["status"]), timed_out)
 
     def _execute(self, job_path: Path, environment: dict[str, str], timeout_s: float) -> tuple[int | None, bool]:
-        with self.log_path.open("a") as log:
+        with self._open_log() as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tasks.child", str(job_path), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -208,8 +207,15 @@ class Isolation:
             self._log(stderr.read_text(errors="replace"))
 
     def _log(self, text: str) -> None:
-        with self.log_path.open("a") as log:
+        with contextlib.suppress(OSError), self._open_log() as log:  # a full disk does not undo a finished run
             log.write(self._secrets.hide(text))
+
+    def _open_log(self) -> TextIO:
+        try:
+            _made(self.log_path.parent)
+            return self.log_path.open("a")
+        except OSError:
+            return Path(os.devnull).open("a")
 
 
 def _completed(

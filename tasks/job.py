@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.cell import Cell
@@ -92,7 +92,8 @@ class CellJob:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **asdict(self),
+            **vars(self),
+            "ceilings": dict(self.ceilings),
             "cell": self.cell.to_dict(),
             "device": self.device.to_dict(),
             "cpus": list(self.cpus),

@@ -103,6 +103,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return data
 
 
+@cache
 def model_type(spec: ModelSpec) -> str | None:
     """The configuration's `model_type`, None where it is not at hand: loading will tell then."""
     try:

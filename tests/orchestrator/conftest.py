@@ -79,10 +79,8 @@ def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             [sys.executable, "-m", "orchestrator", *map(str, arguments)],
             cwd=ROOT,
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             start_new_session=True,
-            **options,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
         started.append(process)
         return process

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from orchestrator.dispatch import Dispatcher
 from orchestrator.expand import expand
 from orchestrator.interrupt import Stop
 from orchestrator.inventory import Inventory, Node, bench_devices
+from orchestrator.journal import read_journal
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
 from orchestrator.slots import BenchSlot, Phase, limit_s
@@ -56,6 +59,12 @@ class Bench:
     @staticmethod
     def node(node_id: str, tag: str) -> Node:
         return Node(node_id=node_id, address="", accelerators=1, report=probe(tag, 1, cards=[]))
+
+    def dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            work=self.work, inventory=Inventory(), journal=PatientStore(self.store, stopping=lambda: False, say=print),
+            progress=Progress(0, io.StringIO()), stopping=lambda: False, static=True,
+        )  # fmt: skip
 
     def offer(self) -> list[str]:
         messages = self.work.offer(bench_devices(self.nodes))
@@ -244,11 +253,57 @@ def test_a_broken_block_is_finished_as_a_new_one_elsewhere(folder: Path) -> None
     bench = Bench(folder, "a100", "a100")
     block = bench.work.take(bench.slot(0))
     bench.finish(block[0])
-    bench.work.broken(bench.slot(0), block[1:])
+    bench.work.broken(bench.slot(0), None, block[1:])
     order = [job for job in bench.finish_all(1) if job.cell.group_id == block[0].cell.group_id]
     assert min(job.round for job in order) == 1
     assert {job.block_id for job in order}.isdisjoint({block[0].block_id})
     assert bench.work.outcomes()["ok"] == 4
+    bench.store.close()
+
+
+def test_a_cell_that_takes_its_node_with_it_is_not_tried_for_ever(folder: Path) -> None:
+    bench = Bench(folder, "a100", "a100", "a100", hardware=["a100"], optimizations=["baseline", "bf16"])
+    dispatcher = bench.dispatcher()
+    first, *_ = bench.work.take(bench.slot(0))
+    assert first.attempt == 1
+    bench.work.broken(bench.slot(0), first, ())
+    for number, attempt in ((1, 2), (2, 3)):
+        slot = bench.slot(number)
+        jobs = next(jobs for jobs in iter(lambda slot=slot: bench.work.take(slot), []) if first.cell in
+                    [job.cell for job in jobs])  # fmt: skip
+        running = next(job for job in jobs if job.cell == first.cell)
+        assert running.attempt == attempt
+        assert all(job.attempt == 1 for job in jobs if job is not running)
+        slot.phase, slot.job = Phase.BUSY, running
+        dispatcher.slots[slot.slot_id] = slot
+        dispatcher._queues[slot.slot_id] = deque(job for job in jobs if job is not running)
+        dispatcher._lose(slot, "its node is gone")
+    rows = [record["row"] for record in read_journal(folder / "journal.jsonl") if record["kind"] == "row"]
+    assert [(row["cell_id"], row["outcome"], row["attempt"]) for row in rows] == [(first.cell.cell_id, "crashed", 3)]
+    assert rows[0]["reason"] == "its node is gone; gave up after 3 attempts"
+    assert rows[0]["machine_key"] == bench.nodes[2].report.machine_key
+    bench.store.close()
+
+
+@pytest.mark.parametrize("wrong", [{"cell_id": "another"}, {"round": 7}, {"outcome": 3}, {"no_such_column": 1}])
+def test_an_answer_that_is_no_row_of_its_run_is_a_fault(folder: Path, wrong: dict[str, Any]) -> None:
+    bench = Bench(folder, "a100", hardware=["a100"], optimizations=["baseline", "bf16"])
+    dispatcher, slot = bench.dispatcher(), bench.slot(0)
+    job, *_ = bench.work.take(slot)
+    dispatcher.slots[slot.slot_id] = slot
+    slot.phase, slot.job = Phase.BUSY, job
+    row = Row()
+    row.set(**job_columns(job), outcome="ok")
+    faults: list[str] = []
+    dispatcher._fault = lambda slot, reason: faults.append(reason)  # type: ignore[method-assign]
+    dispatcher._heed(slot, json.dumps({"row": row.to_dict() | wrong, "samples": []}))
+    assert len(faults) == 1 and faults[0].startswith("the runner's answer is no row of its run: ")
+    assert not [record for record in read_journal(folder / "journal.jsonl") if record["kind"] == "row"]
+    dispatcher._heed(slot, "no JSON")
+    dispatcher._heed(slot, object())
+    assert len(faults) == 3
+    dispatcher._heed(slot, json.dumps({"row": row.to_dict(), "samples": []}))
+    assert len(faults) == 3 and slot.phase is Phase.IDLE and bench.work.measured == 1
     bench.store.close()
 
 

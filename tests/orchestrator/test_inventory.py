@@ -11,7 +11,15 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.inventory import Inventory, Node, VersionMismatch, bench_devices, declared_accelerators, declared_tag
+from orchestrator.inventory import (
+    Inventory,
+    Node,
+    VersionMismatch,
+    bench_devices,
+    declared_accelerators,
+    declared_tag,
+    probe_node,
+)
 from orchestrator.runner import undo_ray
 from tasks.probe import NodeReport, probe
 
@@ -108,6 +116,30 @@ def test_local_instance_is_this_machine(instance: tuple[Inventory, list[int]]) -
     assert found.report.machine_key == LOCAL.machine_key
     assert [device.tag for device in found.devices][-1] == "cpu"
     assert inventory.refresh().joined == [] and not inventory.pending()
+
+
+@pytest.mark.parametrize(("dying", "joined"), [(1, 1), (2, 1), (3, 0)])
+def test_a_probe_that_dies_is_asked_again_within_limits(
+    instance: tuple[Inventory, list[int]], tmp_path: Path, dying: int, joined: int
+) -> None:
+    import ray
+
+    def probe_or_die(entry: dict[str, Any]) -> Any:
+        def asked() -> dict[str, Any]:
+            count = tmp_path / "count"
+            number = int(count.read_text()) if count.exists() else 0
+            count.write_text(str(number + 1))
+            if number < dying:
+                os.kill(os.getpid(), 9)
+            return probe_node(None, 0)
+
+        return ray.remote(asked).options(num_cpus=0, max_retries=0).remote()
+
+    inventory = Inventory()
+    inventory._submit = probe_or_die  # type: ignore[method-assign]
+    changes = inventory.settle()
+    assert len(changes.joined) == joined and len(inventory.nodes) == joined
+    assert sum("is left out" in message for message in changes.messages) == 1 - joined
 
 
 def test_a_worker_is_as_the_driver_was(instance: tuple[Inventory, list[int]]) -> None:

@@ -12,9 +12,9 @@ from orchestrator.ledger import Block, decide, result_key
 from tasks.cell import Cell, ModelSpec, Stack, Technique, WorkloadPoint
 
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
-KEY = result_key({"machine": 1}, {"torch": "2.13.0"})
-OTHER_TORCH = result_key({"machine": 1}, {"torch": "2.14.0"})
-OTHER_MACHINE = result_key({"machine": 2}, {"torch": "2.13.0"})
+KEY = result_key('{"machine":1}', [("torch", "2.13.0")])
+OTHER_TORCH = result_key('{"machine":1}', [("torch", "2.14.0")])
+OTHER_MACHINE = result_key('{"machine":2}', [("torch", "2.13.0")])
 
 
 @dataclass(frozen=True)
