@@ -24,7 +24,8 @@ BATCH_SECONDS = 10.0
 # Runs that finish hundreds a second (the scale benchmark) gather for this long instead of filling a batch in 50 ms.
 BATCH_PAUSE_SECONDS = 1.0
 BATCH_LIMIT_ROWS = 1000
-# Where writing a part is slow, the pause is this many times as long, so that writing takes 2 % of the time.
+# Where writing a part is slow, the pause is this many times as long, so that writing takes 2 % of the time; but readers
+# of the folder wait no longer than for a part that fills slowly.
 BATCH_SHARE = 50.0
 
 
@@ -188,7 +189,7 @@ class Store:
     def tick(self) -> None:
         """Write the Parquet batches that are due; call it often. On `StoreFull` nothing is lost: wait, call again."""
         now = time.monotonic()
-        pause_s = max(BATCH_PAUSE_SECONDS, BATCH_SHARE * self._write_s)
+        pause_s = max(BATCH_PAUSE_SECONDS, min(BATCH_SHARE * self._write_s, BATCH_SECONDS))
         if now - self._tried_at < pause_s and len(self._buffer) < BATCH_LIMIT_ROWS:
             return
         rows_due = self._buffer and (len(self._buffer) >= BATCH_ROWS or now - self._buffered_since >= BATCH_SECONDS)

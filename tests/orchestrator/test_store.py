@@ -69,6 +69,7 @@ def folder(tmp_path):
 def eager(monkeypatch):
     """Batches are due at once, so that a short test sees many of them."""
     monkeypatch.setattr(store, "BATCH_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(store, "BATCH_SHARE", 0.0)
     monkeypatch.setattr(store, "BATCH_ROWS", 5)
     monkeypatch.setattr(parts, "PART_ROWS", 20)
 
