@@ -97,8 +97,9 @@ class Optimization(ABC):
     Class attributes: `name` (as in a stack), `family` (one of `FAMILIES`; two of one family exclude each other),
     `summary` (one line for `benchmatrix list`), `needs`, `options` (allowed option names with their defaults; the
     type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
-    must run in an executed, not a forked process, since something is read at import) and `freezes_weights` (training
-    leaves the model's own weights as they are, so that they can be held in half precision or compressed).
+    must run in an executed, not a forked process, since something is read at import), `freezes_weights` (training
+    leaves the model's own weights as they are, so that they can be held in half precision or compressed) and
+    `synchronises` (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty).
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class Optimization(ABC):
     choices: ClassVar[dict[str, tuple[Scalar, ...]]] = {}
     executed: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
+    synchronises: ClassVar[str] = ""
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""

@@ -40,6 +40,7 @@ class Offload(Optimization):
     needs = Needs(packages=("accelerate",), model_kinds=("language",), workloads=("prefill", "decode"))
     options = {"keep": 0.5, "to": "cpu"}
     choices = {"to": ("cpu", "disk")}
+    synchronises = "the host brings the weights of every layer that is away"
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         refusal = super().unsupported(cell, device)
