@@ -90,7 +90,7 @@ class Offload(Optimization):
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         """The layers away are those asked for, have no weights on the device, and each pass fetches all of them.
 
-        From the CPU: a weight that every fetch finds on the device is not away. From disk it may be read straight there.
+        From the CPU: a weight that fetches find on the device is not away. From disk it may be read straight to it.
         """
         keep, to, model = float(option(technique, "keep")), str(option(technique, "to")), session.model
         layers = model.get_submodule(layers_of(model))
