@@ -9,6 +9,8 @@ import pytest
 
 from tasks.cell import ModelSpec
 from tasks.footprint import lower_bound
+from tasks.metric import Phase
+from tasks.metrics.offload import OffloadTraffic
 from tasks.metrics.parameters import stored_bytes
 from tasks.optimization import Evidence
 from tasks.optimizations.offload import _Away, kept_layers
@@ -47,6 +49,11 @@ def test_same_outputs_and_all_bytes_counted(bench: Any, source: str, keep: str, 
             evidence = proof(stack, session)
             assert evidence.ok, evidence.facts
             assert session.settings.transfers.bytes_per_pass == away
+            metric = OffloadTraffic()
+            metric.end(Phase.WARMUP, session)
+            assert metric.collect(session)["offload_bytes_per_pass"] == away
+            tokens = 2 * 32 if kind == "prefill" else 2
+            assert metric.collect(session)["offload_bytes_per_token"] == away / tokens
             assert stored_bytes(session.model) == whole, "what is elsewhere is still the model's"
             assert session.step.problems() == []
     assert outputs[0].equal(outputs[1])
