@@ -13,6 +13,7 @@ from typing import Any
 class Compilation:
     """Counts since the process began. `recompile_reasons` are Dynamo's own sentences, one for each recompilation.
 
+    `seconds` hold what generated code does for itself when it first runs: tuning Triton kernels, recording CUDA graphs.
     `dynamic_graphs` were compiled for any shape from the start (`dynamic=True`).
     """
 
@@ -25,15 +26,32 @@ class Compilation:
     recompile_reasons: tuple[str, ...] = ()
 
 
+RECORDS = 100_000  # Dynamo keeps 64 by default and forgets the oldest: counts would stand still, seconds fall
+
+
+def keep_all_records() -> None:
+    """From now on every record counts; for processes that are about to compile, since Dynamo is slow to import."""
+    from torch._dynamo import utils
+
+    if utils._compilation_metrics.maxlen != RECORDS:
+        utils.set_compilation_metrics_limit(RECORDS)
+
+
 def compilation() -> Compilation:
-    """Read Dynamo's own records; all zero when nothing was compiled. Source: `torch._dynamo.utils`."""
+    """Read Dynamo's own records; all zero when nothing was compiled. Source: `torch._dynamo.utils`.
+
+    A record's `duration_us` is that of its outermost timer, so that nothing in it counts twice, and what happens at run
+    time has records of its own.
+    """
     utils = sys.modules.get("torch._dynamo.utils")
     if utils is None:
         return Compilation()
-    frames = [metric for metric in utils.get_compilation_metrics() if not getattr(metric, "is_runtime", False)]
+    keep_all_records()  # whoever compiles behind the session's back, as flex attention does
+    records = utils.get_compilation_metrics()
+    frames = [record for record in records if not getattr(record, "is_runtime", False)]
     inductor = utils.counters["inductor"]
     return Compilation(
-        seconds=sum((metric.duration_us or 0) / 1e6 for metric in frames),
+        seconds=sum((record.duration_us or 0) / 1e6 for record in records),
         graphs=len(frames),
         dynamic_graphs=sum(_any_shape(metric) for metric in frames),
         graph_breaks=sum(utils.counters["graph_break"].values()),

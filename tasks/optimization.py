@@ -109,8 +109,9 @@ class Optimization(ABC):
     `summary` (one line for `benchmatrix list`), `needs`, `options` (allowed option names with their defaults; the
     type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
     must run in an executed, not a forked process, since something is read at import), `lossy_cache` (keys and
-    values are not kept exactly, so that quality on whole sequences says nothing) and `freezes_weights` (training
-    leaves the model's own weights as they are, so that they can be held in half precision or compressed).
+    values are not kept exactly, so that quality on whole sequences says nothing), `freezes_weights` (training leaves
+    the model's own weights as they are, so that they can be held in half precision or compressed) and `synchronises`
+    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty).
     """
 
     name: ClassVar[str]
@@ -122,6 +123,7 @@ class Optimization(ABC):
     executed: ClassVar[bool] = False
     lossy_cache: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
+    synchronises: ClassVar[str] = ""
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""

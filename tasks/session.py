@@ -112,6 +112,9 @@ class Session:
             return function
         import torch
 
+        from tasks.compilation import keep_all_records
+
+        keep_all_records()
         return torch.compile(function, **self.settings.compile)
 
     def contexts(self) -> ExitStack:

@@ -137,6 +137,7 @@ class Passes:
             self.timings.halfwidth = batch_median_halfwidth(primary)
         self._seconds_per_call = (time.perf_counter() - began) / (calls * self.timings.block)
         self._keep("latency", kept)
+        self.step.after_latency()
 
     def device(self) -> None:
         """Time between events recorded on the stream after every segment; CUDA only, no host synchronisation."""

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Transfers:
-    """Bytes fetched so far, and how often each weight was."""
+    """Bytes fetched so far, how often each weight was, and the kind of device on which each fetch found it."""
 
     fetched_bytes: int = 0
     fetches: Counter[tuple[int, str]] = field(default_factory=Counter)
+    devices: Counter[str] = field(default_factory=Counter)
 
     @property
     def passes(self) -> int:
@@ -38,6 +39,7 @@ class Counted(Mapping[str, "torch.Tensor"]):
         weight = self._weights[name]
         self._ledger.fetched_bytes += weight.nbytes
         self._ledger.fetches[id(self), name] += 1
+        self._ledger.devices[weight.device.type] += 1
         return weight
 
     def __contains__(self, name: object) -> bool:

@@ -44,6 +44,10 @@ class Step(ABC):
         """The shortest call that takes the same paths, for evidence; after it `problems` means nothing any more."""
         self.run(0, lambda _label: None)
 
+    def after_latency(self) -> None:
+        """What the workload measures beside the passes, once, after the latency pass and in `measure_s`."""
+        return
+
     @abstractmethod
     def problems(self) -> list[str]:
         """Validity findings after the measurement (`wrong_token_count`, `weights_unchanged`, ...)."""

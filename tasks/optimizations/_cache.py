@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class CacheKind(Optimization):
     """One kind of KV cache. `class_name` is the object that must be alive after a request, None for none at all.
 
-    `fixed`: made once and reset, at addresses that never change.
+    `fixed`: made once and reset, at addresses that never change. `keeps_outputs`: a step reads what a step before has
+    put out, which a CUDA graph of the step would have overwritten.
     """
 
     family = "kv-cache"
     needs = Needs(workloads=("decode",), model_kinds=("language",))
     class_name: ClassVar[str | None]
     fixed: ClassVar[bool] = False
+    keeps_outputs: ClassVar[bool] = True
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
         """An empty cache of the model for `positions` tokens of each sequence."""

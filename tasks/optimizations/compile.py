@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import compilation, generated_code
 from tasks.optimization import Evidence, Optimization
+from tasks.registry import optimizations
 from tasks.stacks import option
 
 if TYPE_CHECKING:
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+COMPILED_BY_LIBRARIES = "/flex_attention.py"  # file whose frames libraries compile, whatever the stack says
+REGION = "Torch-Compiled Region:"
+SEGMENT = "benchmatrix segment "
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
@@ -38,15 +43,27 @@ class Compile(Optimization):
         chosen = next((item for item in cell.stack.techniques if item.name == self.name), None)
         if chosen is not None and option(chosen, "coordinate_descent") and device.kind == "cpu":
             return f"coordinate_descent of {self.name} tunes Triton kernels, a cpu has none"
-        return super().unsupported(cell, device)
+        refusal = super().unsupported(cell, device)
+        if refusal is None and chosen is not None and device.kind == "cuda" and option(chosen, "mode") in CUDA_GRAPHS:
+            return _overwritten(cell, chosen)
+        return refusal
 
     def apply(self, technique: Technique, session: Session) -> None:
         session.settings.compile = arguments(technique)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """Every timed segment of a whole call runs compiled code of the step, and the options had their effects.
+
+        Graphs that exist are not enough: where shapes change and `dynamic` forbids symbolic ones, the compiler gives up
+        after a few and the rest runs eagerly.
+        """
         seen, mode = compilation(), str(option(technique, "mode"))
-        facts: dict[str, Any] = {"graphs": seen.graphs, "graph_breaks": seen.graph_breaks, "mode": mode}
-        ok = seen.graphs > 0
+        compiled = graphs_of_segments(session)
+        facts: dict[str, Any] = {
+            "graphs": seen.graphs, "graph_breaks": seen.graph_breaks, "mode": mode,
+            "segments": len(compiled), "segments_compiled": sum(count > 0 for count in compiled),
+        }  # fmt: skip
+        ok = seen.graphs > 0 and len(compiled) > 0 and all(compiled)
         if option(technique, "fullgraph"):
             ok = ok and seen.graph_breaks == 0
         if option(technique, "dynamic") == "true":
@@ -64,6 +81,18 @@ class Compile(Optimization):
         return Evidence(ok=ok, facts=facts)
 
 
+def _overwritten(cell: Cell, chosen: Technique) -> str | None:
+    """Why the CUDA graphs of a compiled step cannot be right: keys and values of a growing cache are their outputs."""
+    known = optimizations()
+    caches = [known[item.name] for item in cell.stack.techniques if known[item.name].family == "kv-cache"]
+    if cell.workload.kind != "decode" or any(not getattr(cache, "keeps_outputs", True) for cache in caches):
+        return None
+    return (
+        f"{chosen} replays CUDA graphs, which overwrite the keys and values that a growing cache keeps of the steps "
+        "before: the stack needs static-cache"
+    )
+
+
 def arguments(technique: Technique) -> dict[str, Any]:
     """Keyword arguments of `torch.compile`, which takes a mode or single options, not both."""
     mode = str(option(technique, "mode"))
@@ -76,6 +105,55 @@ def arguments(technique: Technique) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return {**found, "options": {**list_mode_options(mode), "coordinate_descent_tuning": True}}
+
+
+def graphs_of_segments(session: Session) -> list[int]:
+    """Compiled graphs of the step that ran in each primary segment of one whole call, launched from the host.
+
+    Those that an attention kernel compiled for itself are not the step's; inside a compiled step there are none.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    step: Any = session.step
+    primary = f"{SEGMENT}{step.primary}"
+
+    def mark(label: str) -> None:
+        with record_function(f"{SEGMENT}{label}"):
+            pass
+
+    # nothing of a captured graph's inside is seen from the host
+    launched = getattr(step, "uncaptured", nullcontext)
+    with launched(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        step.run(0, mark)
+        session.synchronize()
+    events = sorted(seen.events() or (), key=lambda event: event.time_range.start)
+    theirs, graphs = _compiled_by_libraries(torch), 0
+    found: list[int] = []
+    for event in events:
+        if event.name.startswith(SEGMENT):
+            if event.name == primary:
+                found.append(graphs)
+            graphs = 0
+        elif "CompiledFxGraph" in event.name and _region(event) not in theirs:
+            graphs += 1
+    return found
+
+
+def _region(event: Any) -> str | None:
+    """Identifier of the compilation that the code around an event comes from: `frame/compilation`."""
+    while event is not None and not event.name.startswith(REGION):
+        event = event.cpu_parent
+    return event.name.removeprefix(REGION).strip() if event is not None else None
+
+
+def _compiled_by_libraries(torch: Any) -> set[str]:
+    """Identifiers of what was compiled from torch's or transformers' own calls of `torch.compile`: flex attention."""
+    return {
+        str(record.compile_id)
+        for record in torch._dynamo.utils.get_compilation_metrics()
+        if str(record.co_filename).endswith(COMPILED_BY_LIBRARIES)
+    }
 
 
 def graph_launches(session: Session) -> int:

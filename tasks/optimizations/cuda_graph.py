@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from tasks.optimization import Evidence, Needs, Optimization
+from tasks.optimization import Evidence, Needs, Optimization, Unsupported
 from tasks.optimizations.compile import graph_launches
 from tasks.registry import optimizations
 from tasks.stacks import option
@@ -37,6 +38,8 @@ class CudaGraph(Optimization):
         for item in cell.stack.techniques:
             if item.name == "compile" and option(item, "mode") in OWN_GRAPHS:
                 return f"{self.name} captures the step, and so does {item}: choose one"
+            if why := known[item.name].synchronises:
+                return f"{self.name} cannot hold a step of {item.name}: {why}"
         return None
 
     def apply(self, technique: Technique, session: Session) -> None:
@@ -72,6 +75,22 @@ def capture(restart: Callable[[], None], advance: Callable[[], None], generators
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=side):
-        advance()
+    _record(torch.cuda.graph(graph, stream=side), advance)
     return graph.replay
+
+
+def _record(recording: AbstractContextManager[Any], advance: Callable[[], None]) -> None:
+    """`advance` inside `recording`; raises `Unsupported` with the first thing that it did and no graph can hold."""
+    import torch
+
+    try:
+        with recording:
+            advance()
+    except RuntimeError as error:
+        # the end of a broken recording fails too, and says less than what broke it
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+        if isinstance(first, torch.OutOfMemoryError):
+            raise first from None
+        raise Unsupported(f"cuda-graph cannot capture this step: {' '.join(str(first).split())[:300]}") from error

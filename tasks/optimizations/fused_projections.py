@@ -97,7 +97,7 @@ def _fuse(parent: Any, names: tuple[str, ...]) -> None:
 
 
 def _products(session: Session, joined: list[Any]) -> int:
-    """How many of the joined layers one call uses, each once for every pass: 0 if any computes more than that."""
+    """How many of the joined layers one call uses: 0 unless each computes once in every pass of the model."""
     import torch
 
     calls: Counter[int] = Counter()
@@ -105,7 +105,7 @@ def _products(session: Session, joined: list[Any]) -> int:
     def count(module: Any, _inputs: Any, _output: Any) -> None:
         calls[id(module)] += 1
 
-    hooks = [module.register_forward_hook(count) for module in joined]
+    hooks = [module.register_forward_hook(count) for module in (session.model, *joined)]
     try:
         assert session.step is not None
         with torch.compiler.set_stance("force_eager"):
@@ -113,7 +113,7 @@ def _products(session: Session, joined: list[Any]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    passes = min(calls.values(), default=0)
+    passes = calls.pop(id(session.model), 0)
     return len(calls) if all(count == passes for count in calls.values()) else 0
 
 

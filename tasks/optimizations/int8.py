@@ -16,6 +16,7 @@ class Int8(BitsAndBytes):
     layer = "Linear8bitLt"
     storage = ("int8",)
     bits = 8.0
+    synchronises = "bitsandbytes looks for outliers of every product on the host"
 
     def config(self, dtype: str | None) -> dict[str, Any]:
         return {"load_in_8bit": True}

@@ -16,6 +16,7 @@ class NoCache(CacheKind):
     name = "no-cache"
     summary = "decode without a KV cache: the whole sequence again for every token"
     class_name = None
+    keeps_outputs = False  # only token ids, and they are copied
 
     def held_share(self, technique: Technique, bytes_per_element: float) -> float:
         return 0.0

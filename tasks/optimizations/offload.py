@@ -40,6 +40,7 @@ class Offload(Optimization):
     needs = Needs(packages=("accelerate",), model_kinds=("language",), workloads=("prefill", "decode"))
     options = {"keep": 0.5, "to": "cpu"}
     choices = {"to": ("cpu", "disk")}
+    synchronises = "the host brings the weights of every layer that is away"
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         refusal = super().unsupported(cell, device)
@@ -60,17 +61,20 @@ class Offload(Optimization):
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         # one warning about parameters on the meta device per load
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-        away = _Away(technique, session)
+        config = _config_of(session, options.checkpoint)
+        away = _Away(technique, session, config)
         session.settings.offload = away
-        if session.job.cell.model.source == "random":
+        # an artifact made of a random model is a checkpoint as any other, with the layers that it has
+        away.made_here = session.job.cell.model.source == "random" and options.checkpoint is None
+        if away.made_here:
             options.keyword_arguments["linear_factory"] = away.placed
         elif away.keep < 1.0:
-            options.keyword_arguments["device_map"] = away.device_map(_on_meta(session))
+            options.keyword_arguments["device_map"] = away.device_map(_on_meta(config))
             options.keyword_arguments["offload_folder"] = str(away.folder)
 
     def apply(self, technique: Technique, session: Session) -> None:
         away: _Away = session.settings.offload
-        if session.job.cell.model.source == "random":
+        if away.made_here:
             away.dispatch(session.model)
         session.settings.transfers = ledger = Transfers()
         for hook in _fetching(session.model):
@@ -84,7 +88,10 @@ class Offload(Optimization):
             session.settings.offload.clean()
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
-        """The layers away are those asked for, have no weights on the device, and each pass fetches all of them."""
+        """The layers away are those asked for, have no weights on the device, and each pass fetches all of them.
+
+        From the CPU: a weight that fetches find on the device is not away. From disk it may be read straight to it.
+        """
         keep, to, model = float(option(technique, "keep")), str(option(technique, "to")), session.model
         layers = model.get_submodule(layers_of(model))
         places = Counter(str(place) for place in getattr(model, "hf_device_map", {}).values())
@@ -94,25 +101,27 @@ class Offload(Optimization):
         away_bytes = sum(parameter.nbytes for layer in gone for parameter in layer.parameters())
         ledger = session.settings.transfers
         moved = ledger.bytes_per_pass if ledger is not None else 0.0
+        devices = dict(ledger.devices) if ledger is not None else {}
         facts = {
-            "layers": len(layers), "layers_away": len(gone), "device_map": dict(places),
+            "fetched_from": devices, "layers": len(layers), "layers_away": len(gone), "device_map": dict(places),
             "hooks_that_fetch": len(_fetching(model)), "bytes_away": away_bytes, "bytes_fetched_per_pass": moved,
         }  # fmt: skip
         ok = len(gone) == expected and len(whole) == len(layers) - expected and places[to] == expected
-        return Evidence(ok=ok and moved == away_bytes, facts=facts)
+        ok = ok and moved == away_bytes and (to == "disk" or set(devices) <= {"cpu"})
+        return Evidence(ok=ok, facts=facts)
 
 
 class _Away:
     """Where the layers of one model go: which, how they are written, and the folder that holds them."""
 
-    def __init__(self, technique: Technique, session: Session) -> None:
+    made_here = False  # random weights, made layer by layer: nobody else puts them into their places
+
+    def __init__(self, technique: Technique, session: Session, config: Any) -> None:
         self.keep, self.to = float(option(technique, "keep")), str(option(technique, "to"))
-        self._device = session.device
         # accelerate tells devices apart by number
         self._main: Any = "cpu" if session.device.type == "cpu" else session.device.index or 0
         self._index: dict[str, Any] = {}
-        self._layers: int | None = None
-        self._config_layers = _layers_of_config(session)
+        self._config_layers = int(config.get_text_config().num_hidden_layers)
         self.folder = _fresh_folder(session.job.artifact_dir) if self.to == "disk" else None
 
     def placed(self, name: str, linear: torch.nn.Linear) -> torch.nn.Module:
@@ -152,7 +161,11 @@ class _Away:
         return found
 
     def dispatch(self, model: Any) -> None:
-        """Attach accelerate's hooks to a random model whose linear layers are in their places already."""
+        """Attach accelerate's hooks to a random model whose linear layers are in their places already.
+
+        Whatever else is in a layer (norms, GPT-2's Conv1D) is put there now: the hooks fetch weights from where they
+        are, and would fetch those on the device from the device.
+        """
         from accelerate import dispatch_model
         from accelerate.utils import save_offload_index
 
@@ -160,11 +173,14 @@ class _Away:
         if self.keep >= 1.0:
             model.hf_device_map = places
             return
+        for name in [name for name, place in places.items() if place == self.to != self._main]:
+            if self.to == "cpu":
+                model.get_submodule(name).cpu()
+                continue
+            for key, parameter in model.get_submodule(name).named_parameters():
+                if not parameter.is_meta:
+                    self._write(f"{name}.{key}", parameter)
         if self.to == "disk":
-            for name in [name for name, place in places.items() if place == "disk"]:
-                for key, parameter in model.get_submodule(name).named_parameters():
-                    if not parameter.is_meta:
-                        self._write(f"{name}.{key}", parameter)
             save_offload_index(self._index, self.folder)
         skipped = getattr(model, "_skip_keys_device_placement", None)
         dispatch_model(model, places, main_device=self._main, offload_dir=self.folder, skip_keys=skipped)
@@ -196,30 +212,26 @@ def _fetching(model: Any) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 
-def _config_of(session: Session) -> Any:
+def _config_of(session: Session, checkpoint: str | None = None) -> Any:
+    """Of what is loaded: the artifact in `checkpoint`, else the cell's model."""
     from transformers import AutoConfig
 
     from tasks.models.identity import checkpoint_folder, random_config
     from tasks.models.load import hf_config
 
     spec = session.job.cell.model
-    if spec.source == "random":
+    if checkpoint is None and spec.source == "random":
         return hf_config(random_config(spec.reference))
-    where = str(checkpoint_folder(spec) or spec.reference)
-    revision = {"revision": spec.revision} if spec.revision is not None else {}
+    where = checkpoint or str(checkpoint_folder(spec) or spec.reference)
+    revision = {"revision": spec.revision} if spec.revision is not None and checkpoint is None else {}
     return AutoConfig.from_pretrained(where, trust_remote_code=spec.trust_remote_code, **revision)
 
 
-def _layers_of_config(session: Session) -> int:
-    return int(_config_of(session).get_text_config().num_hidden_layers)
-
-
-def _on_meta(session: Session) -> Any:
+def _on_meta(config: Any) -> Any:
     import torch
 
     from tasks.models.load import auto_class
 
-    config = _config_of(session)
     with torch.device("meta"):
         return auto_class(config).from_config(config)
 

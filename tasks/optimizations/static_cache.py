@@ -16,6 +16,7 @@ class StaticCacheKind(CacheKind):
     summary = "KV cache allocated once at full length"
     class_name = "StaticCache"
     fixed = True
+    keeps_outputs = False
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
         from transformers import StaticCache

@@ -1,8 +1,8 @@
 """How a decode loop gets its next token: through a KV cache, or by running the whole sequence again; and how it is
 chosen from the logits.
 
-Random numbers are drawn by an eager kernel between the steps and used inside them, so that every loop, compiled or
-captured or not, sees the same ones.
+Random numbers are drawn by an eager kernel, never by compiled code: before the compiled part of a step, and inside the
+graph of a captured one, which advances the same generator. So every loop sees the same ones.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class CachedStep(TokenStep):
         import torch
 
         if self._marks_step:
-            # CUDA graphs may reuse the last step's output: it has been copied, so that is fine
+            # CUDA graphs may reuse the last step's output: token ids, which have been copied, and never keys and
+            # values (with caches that keep a step's outputs such modes are refused)
             torch.compiler.cudagraph_mark_step_begin()
         return self._step(ids, self.cache, self._choose.noise)
 

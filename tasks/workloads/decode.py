@@ -17,6 +17,7 @@ from tasks.device import DeviceInfo
 from tasks.workload import END, SETUP, Mark, Step, Workload
 from tasks.workloads._decode_cache import growing_cache, stored_bytes
 from tasks.workloads._decode_checks import NoCheck, StopCheck
+from tasks.workloads._decode_costs import check_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths, stop_token
 from tasks.workloads._decode_steps import Chooser, Sampler, TokenStep
 from tasks.workloads._inputs import token_batches, vocabulary
@@ -93,6 +94,7 @@ class DecodeStep(Step):
         self._uncaptured = False
         self._index = 0
         self.steps = 0  # of the last request, after its first token
+        self.check_costs: dict[str, Any] | None = None  # columns of the stop check, once measured
         real = sum(self.ledger.lengths[0])
         self.units_per_call = real - batch
         self.energy_units_per_call = real  # a request's energy holds its prompt and its first token
@@ -130,8 +132,9 @@ class DecodeStep(Step):
         while not over and column < self._new - 1:
             column += 1
             advance()
-            over = self.check.issued(column)
+            # the token is issued; what looking at its flag costs is the next one's time, and the last one's the end's
             mark("token")
+            over = self.check.issued(column)
         self.steps = column
         mark(END)
 
@@ -204,6 +207,9 @@ class DecodeStep(Step):
         with otherwise:
             self.run(0, _ignore)
         return bool(ours.equal(self.ledger.result()))
+
+    def after_latency(self) -> None:
+        self.check_costs = check_costs(self._session, self)
 
     def problems(self) -> list[str]:
         """Every real position of the last request must hold a token, stops must be where they belong."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.metric import Missing
-from tasks.metrics.decoding import Decoding, _hidden, measure_costs
+from tasks.metrics.decoding import Decoding
+from tasks.optimization import Unsupported
+from tasks.optimizations.cuda_graph import _record
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack, unsupported
+from tasks.timing import Passes
 from tasks.workloads._decode_cache import bytes_of, stored_bytes
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
+from tasks.workloads._decode_costs import _hidden, check_costs, measure_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths
 from tasks.workloads._decode_steps import Sampler
 
@@ -122,6 +128,20 @@ class TestStops:
         with bench.live(job) as session:
             session.step.run(0, labels.append)
         assert labels == ["setup", "first_token", "token", "token", "token", "end"]
+
+    def test_a_token_is_issued_before_the_check_waits(self, bench: Any) -> None:
+        """Else the host seems to be busy all the time, and every such row launch-bound."""
+        order: list[str] = []
+
+        class Noting(SyncCheck):
+            def issued(self, column: int) -> bool:
+                order.append("check")
+                return super().issued(column)
+
+        with bench.live(bench.job(bench.cell("decode", "sync-check", new_tokens=4))) as session:
+            session.step.check = Noting()
+            session.step.run(0, order.append)
+        assert order == ["setup", "check", "first_token", *["token", "check"] * 3, "end"]
 
     def test_every_batch_ends_elsewhere_at_equal_cost(self) -> None:
         lengths = stop_lengths(8, 100, 0.25, 0.75, sets=6, seed=3)
@@ -298,6 +318,42 @@ class TestStep:
         for mode in ("reduce-overhead", "max-autotune"):
             assert unsupported(bench.cell("decode", f"static-cache+compile:mode={mode}+cuda-graph"), cuda)
 
+    @pytest.mark.parametrize("name", ["int8", "offload", "offload:to=disk"])
+    def test_graph_cannot_hold_the_host(self, bench: Any, name: str) -> None:
+        reason = unsupported(bench.cell("decode", f"bf16+{name}+static-cache+cuda-graph"), bench.device("cuda"))
+        assert "cannot hold a step of" in str(reason)
+        assert unsupported(bench.cell("decode", f"bf16+{name}+static-cache"), bench.device("cuda")) is None
+
+    @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+    def test_graphs_would_overwrite_a_growing_cache(self, bench: Any, mode: str) -> None:
+        cuda, compiled = bench.device("cuda"), f"compile:mode={mode}"
+        for cache in ("", "dynamic-cache+", "offloaded-cache+"):
+            assert "overwrite" in str(unsupported(bench.cell("decode", f"bf16+{cache}{compiled}"), cuda))
+            assert unsupported(bench.cell("decode", f"bf16+{cache}compile"), cuda) is None
+        for cache in ("static-cache", "no-cache"):
+            assert unsupported(bench.cell("decode", f"bf16+{cache}+{compiled}"), cuda) is None
+        assert unsupported(bench.cell("prefill", f"bf16+{compiled}"), cuda) is None
+        assert unsupported(bench.cell("decode", f"bf16+{compiled}"), bench.device()) is None, "no graphs on a cpu"
+
+    def test_step_that_cannot_be_captured_is_unsupported(self) -> None:
+        @contextmanager
+        def recording() -> Iterator[None]:
+            try:
+                yield
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def fails(error: Exception) -> Callable[[], None]:
+            def advance() -> None:
+                raise error
+
+            return advance
+
+        with pytest.raises(Unsupported, match="cannot capture this step: the host was asked"):
+            _record(recording(), fails(RuntimeError("the host was asked")))
+        with pytest.raises(torch.OutOfMemoryError):
+            _record(recording(), fails(torch.OutOfMemoryError("out of memory")))
+
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -355,8 +411,6 @@ class TestCosts:
             assert "never looks" in row["stop_check_ms"].reason
 
     def test_slow_check_costs_what_it_sleeps(self, bench: Any) -> None:
-        import time
-
         class Sleepy(SyncCheck):
             def issued(self, column: int) -> bool:
                 time.sleep(0.005)
@@ -368,6 +422,51 @@ class TestCosts:
             row = measure_costs(session, session.step)
         # one more look than there are steps: after the first token
         assert row["stop_check_ms"] > 4.5
+
+    @pytest.mark.parametrize("request_s", [0.001, 1.5])
+    def test_on_a_cpu_only_what_fills_a_column_is_measured_and_shortly(self, bench: Any, request_s: float) -> None:
+        """Three requests of the stack's own check; one, where they are long."""
+        asked: list[StopCheck] = []
+        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
+        with bench.live(job) as session:
+            run = session.step.run
+
+            def counted(index: int, mark: Callable[[str], None]) -> None:
+                asked.append(session.step.check)
+                time.sleep(request_s)
+                run(index, mark)
+
+            session.step.run = counted
+            row = check_costs(session, session.step)
+            assert set(asked) == {session.step.check}
+        assert len(asked) == (3 if request_s < 1 else 1)
+        assert row["stop_check_wait_ms"] > 0
+        assert "nothing can be hidden" in row["stop_check_ms"].reason
+
+    def test_turns_end_within_the_budget(self, bench: Any) -> None:
+        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
+        with bench.live(job) as session:
+            run, calls = session.step.run, []
+
+            def slow(index: int, mark: Callable[[str], None]) -> None:
+                calls.append(index)
+                time.sleep(0.2)
+                run(index, mark)
+
+            session.step.run = slow
+            row = measure_costs(session, session.step, budget_s=1.0)
+        assert len(calls) == 3, "a second turn would not fit"
+        assert "too few requests" in row["stop_check_hidden_share"].reason
+
+    def test_costs_are_measured_within_the_latency_pass(self, bench: Any) -> None:
+        """That is in `measure_s`, and before anybody samples the card's clocks."""
+        job = bench.job(bench.cell("decode", "sync-check", **AXES), profile=bench.INSTANT)
+        with bench.live(job) as session:
+            passes = Passes(session)
+            passes.warm_up()
+            assert session.step.check_costs is None
+            passes.latency()
+            assert session.step.check_costs["stop_check_wait_ms"] > 0
 
     def test_hidden_share_needs_a_cost_that_stands_out(self) -> None:
         clear, noise = [0.2, 0.21, 0.19, 0.2, 0.22], [0.2, -0.1, 0.3, -0.2, 0.1]

@@ -20,7 +20,8 @@ MAY_BE_ZERO = {
     "kl_divergence_floor", "top1_agreement", "top1_agreement_stderr", "top5_agreement", "accuracy",
     "accuracy_stderr", "quality_choices", "accuracy_per_token", "accuracy_difference", "accuracy_difference_stderr",
     "accuracy_floor", "perplexity_log_ratio_floor", "top1_agreement_floor", "graph_breaks", "recompilations",
-    "offload_bytes_per_token", "device_fraction", "optimizer_steps_skipped", "optimizer_paged_bytes",
+    "offload_bytes_per_pass", "offload_bytes_per_token", "device_fraction", "optimizer_steps_skipped",
+    "optimizer_paged_bytes",
     "superfluous_steps", "kv_cache_host_bytes", "stop_check_ms", "stop_check_wait_ms", "stop_check_hidden_share",
 }  # fmt: skip
 

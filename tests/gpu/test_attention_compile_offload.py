@@ -248,7 +248,8 @@ def test_memory_and_traffic(measure: Callable[..., dict[str, Any]], medium: Mode
         assert row["outcome"] == "ok", (keep, row.get("reason"))
     block = 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 4096 + 2 * 1024)
     for keep, away in (("1.0", 0), ("0.5", 2), ("0", 4)):
-        assert rows[keep]["offload_bytes_per_token"] == away * block
+        assert rows[keep]["offload_bytes_per_pass"] == away * block
+        assert rows[keep]["offload_bytes_per_token"] == away * block / rows[keep]["batch_size"]
         assert rows[keep]["model_bytes"] == pytest.approx(rows["1.0"]["model_bytes"], rel=0.001)
     assert rows["0"]["device_fraction"] < rows["0.5"]["device_fraction"] < rows["1.0"]["device_fraction"] == 1
     whole = rows["1.0"]["model_bytes"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -73,6 +75,52 @@ def test_coordinate_descent_is_refused_on_a_cpu(bench: Any) -> None:
     assert unsupported(bench.cell("attention", "compile"), bench.device()) is None
 
 
+@pytest.fixture
+def records() -> Any:
+    """Dynamo's records, empty, with its default limit, and so again afterwards."""
+    from torch._dynamo import utils
+
+    utils.set_compilation_metrics_limit(utils.DEFAULT_COMPILATION_METRICS_LIMIT)
+    utils.clear_compilation_metrics()
+    yield utils
+    utils.clear_compilation_metrics()
+
+
+def test_time_spent_when_generated_code_first_runs_counts_and_is_no_graph(records: Any) -> None:
+    """Kernels are tuned and CUDA graphs recorded at run time: seconds of compilation, in records of their own."""
+    kept = records.CompilationMetrics
+    records._compilation_metrics.append(kept(duration_us=2_000_000, triton_compile_time_us=1_000_000))
+    records._compilation_metrics.append(
+        kept(duration_us=3_000_000, runtime_triton_autotune_time_us=3_000_000, is_runtime=True)
+    )
+    seen = compilation()
+    assert seen.seconds == pytest.approx(5.0), "the outermost timers only"
+    assert seen.graphs == 1
+
+
+def test_more_graphs_than_dynamo_remembers_by_default(records: Any) -> None:
+    """Whoever compiles: from the first look on nothing is forgotten."""
+    assert compilation().graphs == 0
+    for number in range(100):
+        records._compilation_metrics.append(records.CompilationMetrics(duration_us=10_000))
+        assert compilation().graphs == number + 1
+    assert compilation().seconds == pytest.approx(1.0)
+
+
+def test_a_session_that_compiles_keeps_every_record(bench: Any, records: Any) -> None:
+    from tasks.compilation import RECORDS
+
+    with bench.live(net(bench, "compile", breaks=False), calls=0):
+        assert records._compilation_metrics.maxlen == RECORDS
+
+
+def test_looking_does_not_import_dynamo() -> None:
+    """It takes seconds, which processes that never compile should not spend."""
+    code = "import sys; from tasks.compilation import compilation; compilation(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def net(bench: Any, stack: str, breaks: bool) -> Any:
     model, path = bench.factory(BREAKING.format(breaks=breaks))
     return bench.job(bench.cell("forward", stack, model), search_path=path)
@@ -121,3 +169,26 @@ def test_coordinate_descent_is_proven_by_the_kernels(bench: Any) -> None:
         evidence = proof(asked, session)
     assert not evidence.ok
     assert evidence.facts["kernels_tuned"] == 0
+
+
+def test_steps_that_fall_back_to_eager_are_no_evidence(bench: Any) -> None:
+    """A growing cache has another shape at every step: without symbolic shapes the compiler soon gives up."""
+    import torch
+
+    stack = "fp32+compile:dynamic=false"
+    job = bench.job(bench.cell("decode", stack, prompt_tokens=4, new_tokens=4))
+    with torch._dynamo.config.patch(recompile_limit=1), bench.live(job, calls=1) as session:
+        evidence = proof("compile:dynamic=false", session)
+    assert not evidence.ok
+    assert evidence.facts["graphs"] > 0
+    assert (evidence.facts["segments"], evidence.facts["segments_compiled"]) == (3, 1)
+
+
+@pytest.mark.slow
+def test_graphs_of_flex_attention_are_not_the_steps(bench: Any) -> None:
+    job = bench.job(bench.cell("prefill", "fp32+flex+compile"))
+    with bench.live(job, applied="fp32+flex", calls=1) as session:
+        evidence = proof("compile", session)
+    assert not evidence.ok
+    assert evidence.facts["graphs"] > 0
+    assert evidence.facts["segments_compiled"] == 0

@@ -80,6 +80,16 @@ def test_joined_but_unused_is_found(bench: Any) -> None:
         assert not proof(session).ok
 
 
+def test_joined_but_computed_for_every_part_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every joined product is there and used equally often, and none of them saves anything."""
+    from tasks.optimizations._joined import JoinedLinear
+
+    with bench.live(bench.job(bench.cell("prefill", "fp32+fused-projections:of=mlp"))) as session:
+        assert proof(session, "fused-projections:of=mlp").ok
+        monkeypatch.setattr(JoinedLinear, "once", JoinedLinear.__call__)
+        assert not proof(session, "fused-projections:of=mlp").ok
+
+
 @pytest.mark.slow
 def test_compiles_without_a_break(bench: Any) -> None:
     job = bench.job(bench.cell("decode", "fp32+fused-projections+static-cache+compile:fullgraph=true"))

@@ -9,9 +9,11 @@ import pytest
 
 from tasks.cell import ModelSpec
 from tasks.footprint import lower_bound
+from tasks.metric import Phase
+from tasks.metrics.offload import OffloadTraffic
 from tasks.metrics.parameters import stored_bytes
 from tasks.optimization import Evidence
-from tasks.optimizations.offload import kept_layers
+from tasks.optimizations.offload import _Away, kept_layers
 from tasks.registry import optimizations
 from tasks.stacks import parse_stack, unsupported
 
@@ -47,6 +49,11 @@ def test_same_outputs_and_all_bytes_counted(bench: Any, source: str, keep: str, 
             evidence = proof(stack, session)
             assert evidence.ok, evidence.facts
             assert session.settings.transfers.bytes_per_pass == away
+            metric = OffloadTraffic()
+            metric.end(Phase.WARMUP, session)
+            assert metric.collect(session)["offload_bytes_per_pass"] == away
+            tokens = 2 * 32 if kind == "prefill" else 2
+            assert metric.collect(session)["offload_bytes_per_token"] == away / tokens
             assert stored_bytes(session.model) == whole, "what is elsewhere is still the model's"
             assert session.step.problems() == []
     assert outputs[0].equal(outputs[1])
@@ -70,6 +77,57 @@ def test_gpt2_whose_blocks_are_no_linear_layers(bench: Any) -> None:
         with bench.live(bench.job(bench.cell("prefill", stack, model)), applied=applied) as session:
             outputs.append(session.step.logits.clone())
     assert outputs[0].equal(outputs[1])
+
+
+def test_to_the_cpu_moves_what_the_hooks_will_fetch(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card GPT-2's Conv1D blocks are made on the device: they must leave it before the hooks look for them."""
+    import accelerate
+    import torch
+
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    stack = "fp32+offload:keep=0.25,to=cpu"
+    moved: list[Any] = []
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda module: (moved.append(module), module)[1])
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda *_args, **_keywords: seen.extend(moved))
+    monkeypatch.setattr(_Away, "device_map", on_a_card(_Away.device_map))
+    job = bench.job(bench.cell("prefill", stack, bench.random_model("tiny-gpt2", config, "language")))
+    with bench.live(job, calls=0) as session:
+        layers = list(session.model.transformer.h)
+        assert [layer for layer in layers if any(layer is module for module in seen)] == layers[1:]
+
+
+def on_a_card(device_map: Any) -> Any:
+    def mapped(self: Any, model: Any) -> Any:
+        self._main = 0
+        return device_map(self, model)
+
+    return mapped
+
+
+def test_weights_fetched_from_the_device_are_no_evidence(bench: Any) -> None:
+    """They are as many bytes, and none of them moves."""
+    stack = "fp32+offload:keep=0.5,to=disk"
+    with bench.live(bench.job(bench.cell("prefill", stack))) as session:
+        places = session.model.hf_device_map
+        session.model.hf_device_map = {name: "cpu" if place == "disk" else place for name, place in places.items()}
+        session.model.hf_device_map.update({name: "main" for name, place in places.items() if place == "cpu"})
+        claimed = "fp32+offload:keep=0.5,to=cpu"
+        assert proof(claimed, session).ok, "as if they came from the host"
+        session.settings.transfers.devices["cuda"] += 1
+        evidence = proof(claimed, session)
+        assert not evidence.ok
+        assert evidence.facts["fetched_from"]["cuda"] == 1
+
+
+@pytest.mark.parametrize("made", ["prune:what=layers,ratio=0.5", "distill:layers=0.5,steps=2"])
+def test_artifacts_of_random_models_are_offloaded_too(bench: Any, made: str) -> None:
+    """They are loaded as checkpoints, with fewer layers than the model's own configuration says."""
+    stack = f"fp32+{made}+offload:keep=0,to=disk"
+    with bench.live(bench.job(bench.cell("prefill", stack))) as session:
+        evidence = proof(stack, session)
+    assert evidence.ok, evidence.facts
+    assert evidence.facts["layers"] == evidence.facts["layers_away"] == 1
 
 
 @pytest.mark.parametrize("applied", ["fp32", "fp32+offload:keep=1.0,to=disk"])
