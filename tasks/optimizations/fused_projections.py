@@ -43,7 +43,8 @@ class FusedProjections(Optimization):
         for parent in list(session.model.modules()):
             for group, names in groups.items():
                 layers = [getattr(parent, name, None) for name in names]
-                if not all(type(layer) is torch.nn.Linear for layer in layers):
+                # of compressed ones the weights may be the only sign
+                if not all(type(layer) is torch.nn.Linear and type(layer.weight.data) is torch.Tensor for layer in layers):
                     continue
                 _fuse(parent, names)
                 found[group] += 1
