@@ -145,7 +145,7 @@ class FourBit(BitsAndBytes):
         return layer.to(linear.weight.device)  # type: ignore[no-any-return]
 
     def layer_bytes(self, layer: Any) -> float:
-        weights = layer.in_features * layer.out_features
+        weights: int = layer.in_features * layer.out_features
         scales = math.ceil(weights / BLOCK)
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             return weights / 2 + 2 * scales + TABLE_BYTES

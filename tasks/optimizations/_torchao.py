@@ -61,7 +61,7 @@ class TorchAo(Optimization):
         if refusal is not None:
             return refusal
         if model_type(cell.model) == "gpt2":
-            return f"{self.name} replaces the weights of linear layers, {cell.model.id} has Conv1D layers in their place"
+            return f"{self.name} replaces weights of linear layers, {cell.model.id} has Conv1D layers in their place"
         dtype = _dtype(cell)
         if device.kind in self.bf16_only and dtype not in ("bfloat16", None):
             return f"{self.name} computes in bfloat16 on {device.kind}, not in {dtype}: put bf16 into the stack"
@@ -97,13 +97,13 @@ class TorchAo(Optimization):
         held = storage_bytes(done.values())
         right = set(classes) == {self.tensor.get(device)} and set(stored) == {self.storage.get(device)}
         right = right and set(kinds) == {self.wanted(technique)}
-        expected = sum(self.weight_bytes(weight, technique) for weight in done.values()) if right else None
+        expected = sum(self.weight_bytes(weight, technique) for weight in done.values()) if right else 0.0
         facts = {
             "weights": dict(classes), "head": _head_class(session.model), "storage": dict(stored), "kinds": dict(kinds),
             "bits_per_weight": 8 * held / elements if elements else None,
             "bits_per_weight_by_arithmetic": 8 * expected / elements if expected else None,
         }  # fmt: skip
-        ok = bool(expected) and abs(held / expected - 1) < ARITHMETIC and facts["head"] in ("Parameter", None)
+        ok = expected > 0 and abs(held / expected - 1) < ARITHMETIC and facts["head"] in ("Parameter", None)
         return Evidence(ok=ok, facts=facts)
 
 
