@@ -46,7 +46,7 @@ class TorchAo(Optimization):
         raise NotImplementedError
 
     def kind(self, weight: Any) -> str:
-        """How one weight is quantized, in a word or two: must be `wanted`."""
+        """How one weight of the class is quantized, in a word or two: must be `wanted`."""
         return "dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else "weight-only"
 
     def wanted(self, technique: Technique) -> str:
@@ -91,7 +91,7 @@ class TorchAo(Optimization):
         weights = _weights(session.model)
         done = {name: weight for name, weight in weights.items() if _is_torchao(weight)}
         classes = Counter(type(weight).__name__ for weight in weights.values())
-        kinds = Counter(self.kind(weight) for weight in done.values())
+        kinds = Counter(self.kind(w) for w in done.values() if type(w).__name__ == self.tensor.get(device))
         stored = Counter(_packed_dtype(weight) for weight in done.values())
         elements = sum(weight.numel() for weight in done.values())
         held = storage_bytes(done.values())
