@@ -47,7 +47,9 @@ TINY_RESNET = {
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 PACKAGES = {
-    name: found for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft") if (found := version(name))
+    name: found
+    for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao")
+    if (found := version(name))
 }
 INSTANT = "instant"  # a profile for passes inside the test process
 

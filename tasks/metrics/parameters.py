@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Column, Metric, Missing, Phase
@@ -49,6 +50,13 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def stored_bytes(model: Any) -> int:
     """Bytes of all storages reachable from parameters, buffers and quantization states, shared ones once."""
+    states = [state for module in model.modules() if (state := getattr(module, "state", None)) is not None]
+    scales = [getattr(state, name, None) for state in states for name in ("SCB", "CB")]
+    return storage_bytes([*model.parameters(), *model.buffers(), *scales])
+
+
+def storage_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of all storages reachable from these tensors, shared ones once; what is None has none."""
     import torch
 
     seen: dict[int, int] = {}
@@ -70,10 +78,6 @@ def stored_bytes(model: Any) -> int:
             for item in vars(value).values():
                 visit(item)
 
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors:
         visit(tensor)
-    for module in model.modules():
-        state = getattr(module, "state", None)
-        visit(getattr(state, "SCB", None))
-        visit(getattr(state, "CB", None))
     return sum(seen.values())

@@ -43,7 +43,7 @@ class FusedProjections(Optimization):
         for parent in list(session.model.modules()):
             for group, names in groups.items():
                 layers = [getattr(parent, name, None) for name in names]
-                if not all(type(layer) is torch.nn.Linear for layer in layers):
+                if not all(_is_plain(layer) for layer in layers):
                     continue
                 _fuse(parent, names)
                 found[group] += 1
@@ -75,6 +75,13 @@ class FusedProjections(Optimization):
         }  # fmt: skip
         ok = len(joined) == used == blocks * len(groups) and not apart and total == expected
         return Evidence(ok=ok, facts=facts)
+
+
+def _is_plain(layer: Any) -> bool:
+    """A linear layer with weights as published: compressed ones may differ in the weight's class only."""
+    import torch
+
+    return type(layer) is torch.nn.Linear and type(layer.weight.data) is torch.Tensor
 
 
 def _groups(technique: Technique) -> dict[str, tuple[str, ...]]:

@@ -26,6 +26,8 @@ TOLERANCE = {
     "pruning": 0.40, "distillation": 0.80,
 }  # fmt: skip
 SAME_ARITHMETIC = 1e-4
+# Compression that rounds more: two-bit exponents, or a range of 128 weights in 16 steps.
+COARSE = {"fp4": 0.20, "ao-int4": 0.20}
 # Techniques that change nothing, on purpose: there is nothing to pretend.
 CONTROLS = {name for name, technique in optimizations().items() if technique.family == "control"}
 # Techniques that the model has as published and the library by default, on a CPU: no evidence can tell them from none.
@@ -201,11 +203,19 @@ def applicable(workload: str) -> list[str]:
         if workload in (known[name].needs.workloads or workloads())
         and (known[name].family != "compile" or workload == "attention")
         and (known[name].family != "attention" or workload != "forward")
+        # greedy tokens of a rounded model may part for good: prefill shows its logits
+        and (known[name].family not in ("precision", "compression") or workload != "decode")
     ]
 
 
 def slow_if(condition: bool, *values: str) -> Any:
-    return pytest.param(*values, marks=[pytest.mark.slow] if condition else [])
+    return pytest.param(*values, marks=[pytest.mark.slow] if condition else marks_of(*values))
+
+
+def marks_of(*names: str) -> list[Any]:
+    """Techniques that run on a CPU, and whose package an extra installs, are for make test-backends."""
+    needs = [optimizations()[name].needs for name in names if name in TECHNIQUES]
+    return [pytest.mark.backends] if any(item.extra and item.packages and not item.devices for item in needs) else []
 
 
 @pytest.mark.usefixtures("torch_settings")
@@ -246,7 +256,7 @@ class TestEffect:
         with bench.live(bench.job(cell)) as session:
             # before the evidence, whose own calls are shorter
             assert session.step.problems() == []
-            assert distance(output(session), expected) < TOLERANCE.get(family, SAME_ARITHMETIC)
+            assert distance(output(session), expected) < COARSE.get(name, TOLERANCE.get(family, SAME_ARITHMETIC))
             evidence = proof(name, session)
             assert evidence.ok, evidence.facts
 
@@ -322,13 +332,16 @@ class TestPretenders:
             session.model.model.norm.to(torch.float32)
             assert not proof("bf16", session).ok
 
-    @pytest.mark.parametrize("name", [n for n in TECHNIQUES if optimizations()[n].family == "compression"])
+    @pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=marks_of(n)) for n in TECHNIQUES if optimizations()[n].family == "compression"]
+    )
     def test_compression_of_all_but_one_layer(self, bench: Any, name: str) -> None:
         import torch
 
-        if not runs_here(bench, cell_for(bench, name)):
+        cell = cell_for(bench, name)
+        if not runs_here(bench, cell):
             pytest.skip("tests/gpu proves it")
-        with bench.live(bench.job(cell_for(bench, name)), calls=0) as session:
+        with bench.live(bench.job(cell), calls=0) as session:
             assert proof(name, session).ok
             block = session.model.model.layers[0].mlp
             block.up_proj = torch.nn.Linear(block.up_proj.in_features, block.up_proj.out_features)
