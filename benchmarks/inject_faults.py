@@ -28,7 +28,7 @@ from benchmarks.raylets import ROOT, Raylets
 TAGS = ("a100", "rtx3090")
 STACKS = ["baseline", "bf16", "fp16", "sdpa-math", "eager"]
 # How often each fault is drawn: a driver needs ten seconds to be back, a raylet five.
-FAULTS = {"process": 5, "runner": 4, "raylet": 2, "driver": 2}
+FAULTS = {"process": 5, "runner": 4, "raylet": 2, "driver": 1}
 LIMIT_S = 1500.0
 _LINE = re.compile(r"\[ *\d+/\d+\] \w+ +pocket (\S+) (\S+) round (\d+) ([\w-]+)")
 
@@ -74,6 +74,8 @@ class Injection:
                 break
             except subprocess.TimeoutExpired:
                 pass
+            if not self.processes("ray::ShortRunner"):
+                continue  # a fault before anything runs would only delay it
             kind = chance.choices(list(FAULTS), list(FAULTS.values()))[0]
             position = chance.random()
             if kind == "driver":
