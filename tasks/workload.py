@@ -40,9 +40,12 @@ class Step(ABC):
     def run(self, index: int, mark: Mark) -> None:
         """One whole call, with a mark at the end of each segment."""
 
-    def run_short(self) -> None:
-        """The shortest call that takes the same paths, for evidence; after it `problems` means nothing any more."""
-        self.run(0, lambda _label: None)
+    def run_short(self, mark: Mark = lambda _label: None, segments: int = 2) -> None:
+        """A call that takes the same paths, for evidence; after it `problems` means nothing any more.
+
+        Of steps with many primary segments it has no more than `segments`.
+        """
+        self.run(0, mark)
 
     def after_latency(self) -> None:
         """What the workload measures beside the passes, once, after the latency pass and in `measure_s`."""

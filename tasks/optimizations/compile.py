@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 COMPILED_BY_LIBRARIES = "/flex_attention.py"  # file whose frames libraries compile, whatever the stack says
 REGION = "Torch-Compiled Region:"
+SEGMENTS = 32  # of a call that are looked at: four times the shapes for which the compiler tries a frame, by default
 SEGMENT = "benchmatrix segment "
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
@@ -52,7 +53,7 @@ class Compile(Optimization):
         session.settings.compile = arguments(technique)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
-        """Every timed segment of a whole call runs compiled code of the step, and the options had their effects.
+        """Every timed segment of a call runs compiled code of the step, and the options had their effects.
 
         Graphs that exist are not enough: where shapes change and `dynamic` forbids symbolic ones, the compiler gives up
         after a few and the rest runs eagerly.
@@ -108,7 +109,7 @@ def arguments(technique: Technique) -> dict[str, Any]:
 
 
 def graphs_of_segments(session: Session) -> list[int]:
-    """Compiled graphs of the step that ran in each primary segment of one whole call, launched from the host.
+    """Compiled graphs of the step that ran in each primary segment of one call, launched from the host.
 
     Those that an attention kernel compiled for itself are not the step's; inside a compiled step there are none.
     """
@@ -125,7 +126,7 @@ def graphs_of_segments(session: Session) -> list[int]:
     # nothing of a captured graph's inside is seen from the host
     launched = getattr(step, "uncaptured", nullcontext)
     with launched(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
-        step.run(0, mark)
+        step.run_short(mark, SEGMENTS)
         session.synchronize()
     events = sorted(seen.events() or (), key=lambda event: event.time_range.start)
     theirs, graphs = _compiled_by_libraries(torch), 0

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 
-SHORT_TOKENS = 3
-
-
 class Decode(Workload):
     kind = "decode"
     summary = "generation of new_tokens after a prompt; time to first token and per token apart"
@@ -170,10 +167,10 @@ class DecodeStep(Step):
         self._begin()
         self._first()
 
-    def run_short(self) -> None:
-        whole, self._new = self._new, min(self._new, SHORT_TOKENS)
+    def run_short(self, mark: Mark = lambda _label: None, segments: int = 2) -> None:
+        whole, self._new = self._new, min(self._new, 1 + segments)
         try:
-            super().run_short()
+            super().run_short(mark, segments)
         finally:
             self._new = whole
 

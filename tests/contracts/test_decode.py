@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.job import PROFILES
 from tasks.metric import Missing
 from tasks.metrics.decoding import Decoding
 from tasks.optimization import Unsupported
@@ -423,8 +425,10 @@ class TestCosts:
         # one more look than there are steps: after the first token
         assert row["stop_check_ms"] > 4.5
 
-    @pytest.mark.parametrize("request_s", [0.001, 1.5])
-    def test_on_a_cpu_only_what_fills_a_column_is_measured_and_shortly(self, bench: Any, request_s: float) -> None:
+    @pytest.mark.parametrize(("budget_s", "requests"), [(1e6, 3), (0.0, 1)])
+    def test_on_a_cpu_only_what_fills_a_column_is_measured_and_shortly(
+        self, bench: Any, monkeypatch: pytest.MonkeyPatch, budget_s: float, requests: int
+    ) -> None:
         """Three requests of the stack's own check; one, where they are long."""
         asked: list[StopCheck] = []
         job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
@@ -433,13 +437,14 @@ class TestCosts:
 
             def counted(index: int, mark: Callable[[str], None]) -> None:
                 asked.append(session.step.check)
-                time.sleep(request_s)
                 run(index, mark)
 
             session.step.run = counted
+            monkeypatch.setattr("tasks.workloads._decode_costs.BUDGET_S", 1e6)
+            monkeypatch.setitem(PROFILES, "quick", replace(PROFILES["quick"], latency_s=budget_s))
             row = check_costs(session, session.step)
             assert set(asked) == {session.step.check}
-        assert len(asked) == (3 if request_s < 1 else 1)
+        assert len(asked) == requests
         assert row["stop_check_wait_ms"] > 0
         assert "nothing can be hidden" in row["stop_check_ms"].reason
 

@@ -77,6 +77,14 @@ def test_every_step_runs_compiled_code(bench: Any, card: DeviceInfo, stack: str)
     assert evidence.facts["segments"] == (5 if kind == "decode" else 1)
 
 
+def test_graphs_of_flex_attention_are_not_the_steps(bench: Any, card: DeviceInfo) -> None:
+    job = bench.job(bench.cell("prefill", "fp32+flex+compile", bench.POCKET), device=card)
+    with bench.live(job, applied="fp32+flex") as session:
+        evidence = proof("compile", session)
+    assert not evidence.ok, evidence.facts
+    assert evidence.facts["graphs"] > 0
+
+
 def test_steps_beyond_the_recompile_limit_are_found(bench: Any, card: DeviceInfo) -> None:
     job = bench.job(bench.cell("decode", "fp32+compile:dynamic=false", new_tokens=16), device=card)
     with bench.live(job) as session:

@@ -184,11 +184,24 @@ def test_steps_that_fall_back_to_eager_are_no_evidence(bench: Any) -> None:
     assert (evidence.facts["segments"], evidence.facts["segments_compiled"]) == (3, 1)
 
 
-@pytest.mark.slow
-def test_graphs_of_flex_attention_are_not_the_steps(bench: Any) -> None:
-    job = bench.job(bench.cell("prefill", "fp32+flex+compile"))
-    with bench.live(job, applied="fp32+flex", calls=1) as session:
+def test_graphs_that_a_library_compiles_are_not_the_steps(bench: Any) -> None:
+    """As flex attention does, whether the stack compiles the step or not."""
+    (bench.folder / "flex_attention.py").write_text(
+        "import torch\ndef double(x):\n    return x * 2\nattend = torch.compile(double)\n"
+    )
+    model, path = bench.factory(
+        "import torch, flex_attention\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return flex_attention.attend(super().forward(x))\n"
+        "def make():\n"
+        "    return Net(4, 4), lambda batch, device, seed: torch.ones(batch, 4, device=device)\n"
+    )
+    job = bench.job(bench.cell("forward", "compile", model), search_path=path)
+    with bench.live(job, applied="baseline", calls=1) as session:
         evidence = proof("compile", session)
     assert not evidence.ok
-    assert evidence.facts["graphs"] > 0
-    assert evidence.facts["segments_compiled"] == 0
+    assert evidence.facts["graphs"] == 1
+    assert (evidence.facts["segments"], evidence.facts["segments_compiled"]) == (1, 0)
+    with bench.live(job, calls=1) as session:
+        assert proof("compile", session).ok
