@@ -188,7 +188,7 @@ class Store:
     def tick(self) -> None:
         """Write the Parquet batches that are due; call it often. On `StoreFull` nothing is lost: wait, call again."""
         now = time.monotonic()
-        pause_s = max(BATCH_PAUSE_SECONDS, BATCH_SHARE * self._write_s)
+        pause_s = max(BATCH_PAUSE_SECONDS, min(BATCH_SHARE * self._write_s, BATCH_SECONDS))
         if now - self._tried_at < pause_s and len(self._buffer) < BATCH_LIMIT_ROWS:
             return
         rows_due = self._buffer and (len(self._buffer) >= BATCH_ROWS or now - self._buffered_since >= BATCH_SECONDS)
