@@ -25,6 +25,8 @@ from tasks.job import CellJob, RunResult
 from tasks.registry import optimizations
 from tasks.row import Outcome, Row
 
+_KEPT = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key", "run_id", "quality_reference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -65,7 +67,7 @@ class SweepWork:
 
         With `only`, these cells alone are measured; the rest stands in the plan and nowhere else.
         """
-        self._settings, self._store, self._earlier = settings, store, records
+        self._settings, self._store = settings, store
         self._settled, self._write_plan = settled, write_plan
         self._keys = KeyMaker(settings.sweep)
         self._plan = {item.cell.cell_id: item for item in planned}
@@ -82,6 +84,8 @@ class SweepWork:
         for record in records:
             if record.get("kind") == "row":
                 self._remember(record["row"])
+            elif record.get("kind") == "run":
+                self._recorded.append(record)
         self._quality_known: set[str] = set()
         self._planned = False
         self._excluded: list[Placed] = []
@@ -260,13 +264,9 @@ class SweepWork:
 
     def _ask(self, planned: Sequence[PlannedCell], retry: Sequence[str]) -> Ledger:
         return decide(
-            planned, self._records(), lambda cell: self._keys.all(cell, self._machines), reuse=self._settings.reuse,
+            planned, self._recorded, lambda cell: self._keys.all(cell, self._machines), reuse=self._settings.reuse,
             retry=retry, seed=self._settings.sweep.seed, timeout_s=self._settings.sweep.limits.cell_timeout_s,
         )  # fmt: skip
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        yield from self._earlier
-        yield from self._recorded
 
     def _job(self, group: _GroupWork, block: Block, cell: Cell, order: int, slot: BenchSlot) -> CellJob:
         sweep = self._settings.sweep
@@ -303,11 +303,11 @@ class SweepWork:
         if result.row.get("quality_reference") is not None:
             self._quality_known.add(result.row["cell_id"])
         self.written += 1
-        names = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key", "run_id", "quality_reference")
-        self._recorded.append({"kind": "row", "row": {name: result.row.get(name) for name in names}})
         self._remember(result.row)
 
     def _remember(self, row: dict[str, Any]) -> None:
+        """What the ledger asks of a row, some 600 bytes: reading the journal again for every lost slot costs more."""
+        self._recorded.append({"kind": "row", "row": {name: row[name] for name in _KEPT if row.get(name) is not None}})
         known = self._newest.get(row["cell_id"], (-1, ""))
         self._newest[row["cell_id"]] = (max(known[0], row["round"]), str(row["outcome"]))
 

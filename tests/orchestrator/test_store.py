@@ -378,7 +378,8 @@ WRITER = textwrap.dedent("""
     from pathlib import Path
     from orchestrator import parts, store
     from tasks.job import RunResult
-    store.BATCH_PAUSE_SECONDS, store.BATCH_ROWS, parts.PART_ROWS, parts.SAMPLES_PART_BYTES = 0.0, 3, 10, 6000
+    store.BATCH_PAUSE_SECONDS, store.BATCH_SHARE, store.BATCH_ROWS = 0.0, 0.0, 3
+    parts.PART_ROWS, parts.SAMPLES_PART_BYTES = 10, 6000
     opened = store.Store.open(Path(sys.argv[1]))
     number = sum(record["kind"] == "row" for record in opened.records)
     print("open", flush=True)
@@ -396,7 +397,9 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(folder, monkeypatch):
     monkeypatch.setattr(parts, "PART_ROWS", 10)
     acknowledged = 0
     root = Path(__file__).parents[2]
-    for round_ in range(5):
+    for round_ in range(40):
+        if round_ >= 5 and acknowledged > 10:  # a loaded machine writes less between two kills
+            break
         command = [sys.executable, "-c", WRITER, folder]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
         assert writer.stdout is not None
