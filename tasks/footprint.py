@@ -10,7 +10,6 @@ from tasks.cell import Cell, ModelSpec
 from tasks.models.architectures import ARCHITECTURES
 from tasks.models.identity import config_of
 from tasks.registry import optimizations
-from tasks.stacks import precision_of
 
 _BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -28,6 +27,9 @@ class Footprint:
         return (self.weight_bytes or 0) + (self.cache_bytes or 0)
 
 
+_UNKNOWN = Footprint(weight_bytes=None, cache_bytes=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
     """`blocks` and `rest` are parameters inside the blocks' linear layers and outside them."""
@@ -42,12 +44,14 @@ def lower_bound(cell: Cell) -> Footprint:
     """Weights in the stack's precision or compression, cache for the whole request; training adds AdamW's state."""
     shape = _shape(cell.model)
     if shape is None:
-        return Footprint(weight_bytes=None, cache_bytes=None)
+        return _UNKNOWN
+    per_weight = in_blocks = shape.published_bytes
     known = optimizations()
-    per_weight = _BYTES.get(precision_of(cell) or "", shape.published_bytes)
-    in_blocks = per_weight
-    for technique in cell.stack.techniques:
-        if known[technique.name].family == "compression":
+    for technique in cell.stack.techniques:  # precision comes before compression
+        family = known[technique.name].family
+        if family == "precision":
+            per_weight = in_blocks = _BYTES.get(technique.name, shape.published_bytes)
+        elif family == "compression":
             in_blocks = getattr(known[technique.name], "bits", 8 * per_weight) / 8
     weights = shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step":
