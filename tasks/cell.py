@@ -60,8 +60,12 @@ class Stack:
     def __str__(self) -> str:
         return self._text
 
-    def names(self) -> tuple[str, ...]:
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         return tuple(technique.name for technique in self.techniques)
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
 
 
 @dataclass(frozen=True, kw_only=True)

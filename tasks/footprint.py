@@ -28,6 +28,9 @@ class Footprint:
         return (self.weight_bytes or 0) + (self.cache_bytes or 0)
 
 
+_UNKNOWN = Footprint(weight_bytes=None, cache_bytes=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
     """`blocks` and `rest` are parameters inside the blocks' linear layers and outside them."""
@@ -42,13 +45,16 @@ def lower_bound(cell: Cell) -> Footprint:
     """Weights in the stack's precision or compression, cache for the whole request; training adds what steps need."""
     shape = _shape(cell.model)
     if shape is None:
-        return Footprint(weight_bytes=None, cache_bytes=None)
+        return _UNKNOWN
+    per_weight = in_blocks = shape.published_bytes
     known = optimizations()
-    per_weight = _BYTES.get(precision_of(cell) or "", shape.published_bytes)
-    in_blocks, resident = per_weight, 1.0
-    for technique in cell.stack.techniques:
+    resident = 1.0
+    for technique in cell.stack.techniques:  # precision comes before compression
+        family = known[technique.name].family
         resident *= known[technique.name].resident(technique)
-        if known[technique.name].family == "compression":
+        if family == "precision":
+            per_weight = in_blocks = _BYTES.get(technique.name, shape.published_bytes)
+        elif family == "compression":
             in_blocks = getattr(known[technique.name], "bits", 8 * per_weight) / 8
     weights = resident * shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step" and not freezes_weights(cell):

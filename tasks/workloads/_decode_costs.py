@@ -11,10 +11,10 @@ spent for the flag is measured, in requests of the stack's own check.
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Missing
-from tasks.statistics import median
 from tasks.workload import END, SETUP
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
 
