@@ -95,9 +95,11 @@ def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, mon
     try:
         runner.prepare(probe().devices[-1].to_dict(), [], False)
         job = bench.job(bench.cell("forward", model=model), search_path=search_path)
-        answer = runner.measure(job.to_dict())
+        text = runner.measure(json.dumps(job.to_dict()))
     finally:
         runner.close()
+    assert type(text) is str
+    answer = json.loads(text)
     assert answer["row"]["error_type"] == "Bomb"
     assert_plain(answer)
 
