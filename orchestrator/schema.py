@@ -95,7 +95,13 @@ def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     rows = list(rows)
-    arrays = [_array([row.get(field.name) for row in rows], field.type) for field in schema]
+    present = set[str]().union(*rows)  # most columns are empty in most batches
+    arrays = [
+        _array([row.get(field.name) for row in rows], field.type)
+        if field.name in present
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
