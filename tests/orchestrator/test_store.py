@@ -415,7 +415,8 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(folder, monkeypatch):
         rows = seen(folder)
         assert rows == expected(len(rows))
         assert len(rows) >= acknowledged
-        samples = pd.read_parquet(folder / "samples")
-        assert sorted(zip(samples["cell_id"], samples["round"], strict=True)) == rows
-        opened.close()
+        opened.close()  # samples that still waited for their part are in it now
+        if rows:
+            samples = pd.read_parquet(folder / "samples")
+            assert sorted(zip(samples["cell_id"], samples["round"], strict=True)) == rows
     assert acknowledged > 10
