@@ -199,15 +199,20 @@ class TestTorchao:
     @pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching")
     @pytest.mark.parametrize("name", ["ao-int8", "ao-int8-dynamic", "ao-int4"])
     def test_compiled(self, bench: Any, wide: Any, name: str) -> None:
-        logits = []
-        for stack in (f"bf16+{name}", f"bf16+{name}+compile"):
+        """The compiler rounds intermediates elsewhere: it may differ from eager, but not be further from the truth."""
+        logits: dict[str, Any] = {}
+        for stack in ("fp32", f"bf16+{name}", f"bf16+{name}+compile"):
             with bench.live(bench.job(bench.cell("prefill", stack, wide))) as session:
                 assert session.step.problems() == []
-                assert proof(name, session).ok
+                if stack != "fp32":
+                    assert proof(name, session).ok
                 if "compile" in stack:
                     assert proof("compile", session).ok
-                logits.append(session.step.logits.float().clone())
-        assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.03
+                logits[stack] = session.step.logits.float().clone()
+        exact = logits.pop("fp32")
+        eager, compiled = (float((found - exact).norm() / exact.norm()) for found in logits.values())
+        assert eager < 0.5
+        assert compiled < 1.25 * eager
 
     def test_whole_cell_in_a_forked_process(self, bench: Any, supervisor: Any) -> None:
         """The server has torchao blocked, its child must find it."""
