@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.break_even import with_break_even
 from analysis.fits import LEGEND as LEGEND_FITS
 from analysis.fits import fits
-from analysis.frames import numbers, records
+from analysis.frames import column, numbers, records
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
 from analysis.verdicts import verdicts
@@ -32,6 +32,10 @@ LEGEND_BREAK_EVEN = (
     "compile s: in the compiler with an empty cache; break-even: calls (when decoding, tokens) after which they are "
     "won back against the same stack without compile, empty where it saves nothing or was not measured."
 )
+LEGEND_DECODE = (
+    "speed-up when decoding: of whole requests, where nothing waits for a single token (throughput); latency: of a "
+    "token that is waited for."
+)
 QUALITY = (("kl_divergence", "KL"), ("perplexity", "ppl"), ("accuracy", "accuracy"), ("top1_agreement", "top-1"))
 _NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
@@ -39,6 +43,7 @@ _NUMBERS = (
     "top1_agreement", "mbu", "mfu", "graph_breaks", "recompilations", "device_fraction", "offload_bytes_per_token",
     "request_ms_mean", "kv_cache_bytes", "kv_cache_bytes_per_token", "stop_check_ms", "stop_check_hidden_share",
 )  # fmt: skip
+COMPARED = "compared_ms"
 _COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")
 
 
@@ -47,16 +52,17 @@ def comparison_table(
 ) -> Table:
     """Every cell with memory, latency, throughput, speed-up against its baseline, energy and quality.
 
-    The speed-up is baseline over cell in median latency, from pairs within blocks. A cell without numbers shows its
-    outcome in their place and the reason in its notes.
+    The speed-up is baseline over cell in time, from pairs within blocks: the median latency of a call, or of a decoded
+    token its mean time in requests that run through, since a loop that hides work behind the next step shows nothing
+    while every token is waited for. A cell without numbers shows its outcome in their place, the reason in its notes.
     """
-    table = _compared(frame, "latency_ms_p50", samples, floor)
+    table = _compared(with_compared_time(frame), COMPARED, samples, floor)
     inverse = {"speedup": "ratio", "speedup_lo": "hi", "speedup_hi": "lo"}
     for name, source in inverse.items():
         table[name] = 1 / table[source]
     table = with_break_even(table, frame)
     table["fits"] = fits(table)
-    on_cards = bool((table["fits"] != "").any())
+    decodes, on_cards = bool(_decodes(table).any()), bool((table["fits"] != "").any())
     table["notes"] = [_notes(row) for row in records(table)]
     order = [
         "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
@@ -109,6 +115,7 @@ def comparison_table(
         notes="notes",
         footnotes=(
             *((LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else ()),
+            *((LEGEND_DECODE,) if decodes else ()),
             *((LEGEND_BREAK_EVEN,) if any(field.header == "compile s" for field in shown) else ()),
             *((LEGEND_FITS,) if on_cards else ()),
         ),
@@ -161,6 +168,19 @@ def tradeoff_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0
         notes="notes",
         footnotes=(LEGEND_MARKS,),
     )
+
+
+def with_compared_time(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the time that speed-ups compare, in ms, as the column `COMPARED`."""
+    import pandas as pd
+
+    latency, rate = numbers(frame, "latency_ms_p50"), numbers(frame, "throughput_per_s")
+    compared = latency.mask(_decodes(frame) & (rate > 0), 1e3 / rate)
+    return pd.concat([frame, compared.rename(COMPARED)], axis=1)
+
+
+def _decodes(frame: pd.DataFrame) -> pd.Series[bool]:
+    return (column(frame, "workload") == "decode").fillna(False).astype(bool)
 
 
 def _compared(

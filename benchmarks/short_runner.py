@@ -52,8 +52,8 @@ class ShortIsolation(Isolation):
 class EmptyRunner:
     """No process and no device: a run returns at once, with what identifies it."""
 
-    def __init__(self, log_path: str | None) -> None:
-        del log_path
+    def __init__(self, log_path: str | None, home: str, exchange: Any = None) -> None:
+        del log_path, home, exchange
 
     def where(self) -> dict[str, Any]:
         import ray

@@ -40,6 +40,7 @@ class Dispatcher:
     wait_nodes_s: float = 0.0
     log_path: Callable[[str], str | None] = lambda slot_id: None
     runner: type | None = None
+    exchange: Any = None
     slots: dict[str, BenchSlot] = field(default_factory=dict)
     _queues: dict[str, deque[CellJob]] = field(default_factory=dict)
     _refreshed: float = 0.0
@@ -107,7 +108,12 @@ class Dispatcher:
             slot_id = f"{node.report.hostname}-{node.short_id}/{f'gpu{device.index}' if accelerator else 'cpu'}"
             if slot_id not in self.slots:
                 self.slots[slot_id] = BenchSlot(
-                    slot_id=slot_id, node=node, device=device, log_path=self.log_path(slot_id), runner=self.runner
+                    slot_id=slot_id,
+                    node=node,
+                    device=device,
+                    log_path=self.log_path(slot_id),
+                    runner=self.runner,
+                    exchange=self.exchange,
                 )
                 self._waiting_since = None
         for message in [*messages, *self.work.offer(offered)]:
@@ -272,6 +278,8 @@ class Dispatcher:
         job = slot.job
         run = {"cell_id": job.cell.cell_id, "round": job.round, "attempt": job.attempt} if job else {}
         self.journal.note("fault", slot=slot.slot_id, node=slot.node.node_id, reason=reason, **run)
+        if self.exchange is not None:
+            self.exchange.forget.remote(slot.node.node_id)  # what it was making is anybody's now
 
     def _lose(self, slot: BenchSlot, reason: str) -> None:
         """The slot will not come back: its block is broken, its groups are free for others."""

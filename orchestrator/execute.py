@@ -132,6 +132,7 @@ class _Results:
 def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, progress_to: TextIO | None) -> Finished:
     from orchestrator.connection import connect
     from orchestrator.dispatch import Dispatcher
+    from orchestrator.exchange import start_exchange
     from orchestrator.head import watched
     from orchestrator.inventory import Inventory
     from orchestrator.patience import PatientStore
@@ -177,7 +178,7 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
                     work=work, inventory=Inventory(), journal=patient, progress=progress, stopping=stop,
                     static=connection.local, parallel=options.parallel_gpus, wait_nodes_s=options.wait_nodes_s,
                     log_path=_log_paths(out) if connection.local else lambda slot_id: None,
-                    runner=options.runner,
+                    runner=options.runner, exchange=None if connection.local else start_exchange(),
                 )  # fmt: skip
                 dispatcher.run()
                 finished = Finished(

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from orchestrator.exchange import Shared
 from orchestrator.guard import MARK
 from tasks.cell import Cell
 from tasks.device import DeviceInfo
@@ -27,14 +28,16 @@ class Runner:
     """One per slot, pinned to its node. `log_path` is a file on that node, or None for one beside the work folder.
 
     `home` is where the driver has the project: what lies below it, shipped with a job, lies below this node's own copy.
+    `exchange` is the actor through which nodes share artifacts, if there may be other nodes.
     """
 
-    def __init__(self, log_path: str | None, home: str) -> None:
+    def __init__(self, log_path: str | None, home: str, exchange: Any = None) -> None:
         self._undone = undo_ray()
         self._driver_home = home
         self._work = _work_folder()
         self._log_path = Path(log_path) if log_path else self._work / "slot.log"
         self._supervisor: Supervisor | None = None
+        self._sharing = Shared(exchange, artifact_folder()) if exchange is not None else None
 
     def where(self) -> dict[str, Any]:
         """Which accelerators Ray gave to this actor, and what it runs as."""
@@ -47,8 +50,9 @@ class Runner:
         """Bind the slot to `device`, start its supervisor; the device's measured facts, or nothing unless asked."""
         affinity = tuple(cpus) or tuple(sorted(os.sched_getaffinity(0)))
         self._supervisor = Supervisor(
-            DeviceInfo.from_dict(device), cpus=affinity, log_path=self._log_path, work_dir=self._work
-        )
+            DeviceInfo.from_dict(device), cpus=affinity, log_path=self._log_path, work_dir=self._work,
+            sharing=self._sharing,
+        )  # fmt: skip
         self._supervisor.start()
         return {**(self._supervisor.facts() if with_facts else {}), "cpus": list(affinity)}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.exchange import SENDING_S
 from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
 from tasks.artifacts import makers
 from tasks.device import DeviceInfo
@@ -35,7 +36,8 @@ class Phase(StrEnum):
 class BenchSlot:
     """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave.
 
-    `runner` is the actor's class, `orchestrator.runner.Runner` unless a benchmark puts its own in its place.
+    `runner` is the actor's class, `orchestrator.runner.Runner` unless a benchmark puts its own in its place. `exchange`
+    is the actor through which nodes share artifacts.
     """
 
     slot_id: str
@@ -44,6 +46,7 @@ class BenchSlot:
     cpus: tuple[int, ...] = ()
     log_path: str | None = None
     runner: type | None = None
+    exchange: Any = None
     phase: Phase = Phase.ASLEEP
     actor: Any = None
     pending: Any = None
@@ -85,7 +88,7 @@ class BenchSlot:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            .remote(self.log_path, HOME)
+            .remote(self.log_path, HOME, self.exchange)
         )
         self._await(self.actor.where.remote(), Phase.STARTING, STARTING_S)
 
@@ -97,7 +100,8 @@ class BenchSlot:
     def measure(self, job: CellJob) -> None:
         self.job = job
         self.compiled.add(job.cell.cell_id)
-        self._await(self.actor.measure.remote(json.dumps(job.to_dict())), Phase.BUSY, limit_s(job) + GRACE_S)
+        allowed_s = limit_s(job, shared=self.exchange is not None) + GRACE_S
+        self._await(self.actor.measure.remote(json.dumps(job.to_dict())), Phase.BUSY, allowed_s)
 
     def idle(self) -> None:
         self.pending, self.job, self.phase = None, None, Phase.IDLE
@@ -128,9 +132,13 @@ class BenchSlot:
         self.deadline = self.since + limit_s
 
 
-def limit_s(job: CellJob) -> float:
-    """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts."""
-    return job.timeout_s * (2 if job.quality else 1) + job.artifact_timeout_s * makers(job)
+def limit_s(job: CellJob, *, shared: bool = False) -> float:
+    """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts.
+
+    With other nodes (`shared`) it may wait in vain for what another makes, and for its own node to have sent.
+    """
+    making_s = job.artifact_timeout_s * makers(job)
+    return job.timeout_s * (2 if job.quality else 1) + (2 * making_s + SENDING_S if shared else making_s)
 
 
 def close_all(slots: list[BenchSlot]) -> None:

@@ -169,11 +169,11 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
     Waits while another process makes the same one. A broken one is replaced. When `fill` raises, nothing stays.
     """
     root = Path(session.job.artifact_dir)
-    with _locked(spec, root):
+    with locked(spec, root):
         found = find(spec, root, content=True)
         if found is not None:
             return found, False
-        making, folder = _making(spec, root), spec.folder(root)
+        making, folder = making_folder(spec, root), spec.folder(root)
         for leftover in (making, folder):
             shutil.rmtree(leftover, ignore_errors=True)
         making.mkdir(parents=True)
@@ -191,10 +191,10 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
 
 def clear_interrupted(spec: ArtifactSpec, root: Path) -> None:
     """Remove what a maker that was killed has left, unless somebody else is making it again."""
-    if _making(spec, root).exists():
-        with _locked(spec, root, wait=False) as held:
+    if making_folder(spec, root).exists():
+        with locked(spec, root, wait=False) as held:
             if held:
-                shutil.rmtree(_making(spec, root), ignore_errors=True)
+                shutil.rmtree(making_folder(spec, root), ignore_errors=True)
 
 
 def attach(session: Session) -> None:
@@ -262,12 +262,12 @@ def _fill(
     )  # fmt: skip
 
 
-def _making(spec: ArtifactSpec, root: Path) -> Path:
+def making_folder(spec: ArtifactSpec, root: Path) -> Path:
     return root / spec.maker / f".{spec.key}.making"
 
 
 @contextmanager
-def _locked(spec: ArtifactSpec, root: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(spec: ArtifactSpec, root: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds the artifact's lock, which the kernel frees when its holder dies; False if it is taken and not waited for.
 
     The lock's file stays: removing it would let a third process lock a new one beside somebody who waits on the old.

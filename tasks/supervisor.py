@@ -16,6 +16,7 @@ from tasks.models.identity import checkpoint_hash
 from tasks.quality import reference_spec
 from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
+from tasks.sharing import Alone
 
 TIME_COLUMNS = ("load_s", "first_call_s", "compile_s", "warmup_s", "measure_s", "quality_s", "idle_s")
 
@@ -23,9 +24,18 @@ TIME_COLUMNS = ("load_s", "first_call_s", "compile_s", "warmup_s", "measure_s", 
 class Supervisor:
     """Owns the isolated processes of ONE bench slot. Never imports torch itself."""
 
-    def __init__(self, device: DeviceInfo, *, cpus: tuple[int, ...], log_path: Path, work_dir: Path) -> None:
+    def __init__(
+        self,
+        device: DeviceInfo,
+        *,
+        cpus: tuple[int, ...],
+        log_path: Path,
+        work_dir: Path,
+        sharing: Alone | None = None,
+    ) -> None:
         self.device = device
         self.cpus = cpus
+        self._sharing = sharing or Alone()
         self._verified: set[str] = set()  # keys of artifacts whose content was compared by this supervisor
         self._impossible: dict[str, Row] = {}  # keys of artifacts that could not be made, and what became of it
         environment = {}
@@ -61,9 +71,10 @@ class Supervisor:
             return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
-        done = self._isolation.run(
-            "cell", job.to_dict(), timeout_s=job.timeout_s, executed=executed, environment=environment
-        )
+        with self._sharing.undisturbed():
+            done = self._isolation.run(
+                "cell", job.to_dict(), timeout_s=job.timeout_s, executed=executed, environment=environment
+            )
         if done.result is None:
             return RunResult(row=_obituary(job, done).to_dict())
         row = _with_wall(done.result["row"], done)
@@ -86,7 +97,11 @@ class Supervisor:
         root = Path(job.artifact_dir)
         if spec.key in self._impossible:
             return self._impossible[spec.key]
-        if find(spec, root, content=spec.key not in self._verified) is None:
+        if spec.key in self._verified and find(spec, root) is not None:
+            return None
+        if technique is not None and find(spec, root, content=True) is None:
+            self._sharing.obtain(spec, root, job.artifact_timeout_s)
+        if find(spec, root, content=True) is None:
             payload = {"job": replace(job, memory_budget_bytes=None).to_dict(), "maker": spec.maker}
             known = optimizations()[technique.name] if technique else None
             done = self._isolation.run(
@@ -98,11 +113,13 @@ class Supervisor:
             )
             if done.result is None or "outcome" in done.result:
                 clear_interrupted(spec, root)
+                self._sharing.failed(spec)
                 limited = replace(job, timeout_s=job.artifact_timeout_s)
                 self._impossible[spec.key] = row = _obituary(limited, done)
                 row.set(**(done.result or {}))
                 return row
         self._verified.add(spec.key)
+        self._sharing.made(spec)
         return None
 
     def close(self) -> None:

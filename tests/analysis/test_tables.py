@@ -77,6 +77,23 @@ def test_tradeoff_is_against_each_hardwares_own_baseline(build: SimpleNamespace,
     assert [field.group for field in table.fields if field.header == "KL"] == ["h200", "cpu"]
 
 
+def test_decoding_is_compared_by_whole_requests(build: SimpleNamespace, loaded: Loaded) -> None:
+    """Work that is hidden behind the next step shows in requests that run through, not while each token is awaited."""
+    rows = build.sweep(stacks=("baseline", "bf16"))
+    for row in rows:
+        row |= {"throughput_per_s": 512e3 / row["latency_ms_p50"] * (1.25 if row["optimization"] == "bf16" else 1.0)}
+    lines = {}
+    for kind in ("prefill", "decode"):
+        table = comparison_table(loaded([row | {"workload": kind} for row in rows]))
+        assert any("whole requests" in text for text in table.footnotes) == (kind == "decode")
+        lines[kind] = table.frame.iloc[1]
+    assert lines["prefill"]["verdict"] == "indistinguishable"
+    assert lines["prefill"]["speedup"] == pytest.approx(1.0, rel=0.02)
+    assert lines["decode"]["verdict"] == "faster"
+    assert lines["decode"]["speedup"] == pytest.approx(1.25, rel=0.02)
+    assert lines["decode"]["speedup_lo"] < 1.25 < lines["decode"]["speedup_hi"]
+
+
 def test_simulated_hardware_says_so_and_is_not_ranked(build: SimpleNamespace, loaded: Loaded) -> None:
     table = tradeoff_table(loaded(build.sweep(speed={"bf16": 2.0}, hardware_simulated=True)))
     assert {field.group for field in table.fields} == {"", "h200 (simulated)"}

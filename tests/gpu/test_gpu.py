@@ -97,7 +97,7 @@ def settles_at(card: DeviceInfo, before: int, within_s: float = 10.0) -> int:
 
 # ---- techniques -----------------------------------------------------------------------------------------------------
 
-HALF = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+HALF = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "ao-int4", "ao-fp8", "sparse-2-4")
 
 
 def stacks() -> list[tuple[str, str]]:

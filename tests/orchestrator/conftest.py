@@ -41,8 +41,8 @@ class RayletCluster:
         self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments("cpu", 0))
         self.address: str = self._cluster.address
 
-    def add(self, tag: str, accelerators: int = 1) -> Any:
-        return self._cluster.add_node(wait=False, **self._arguments(tag, accelerators))
+    def add(self, tag: str, accelerators: int = 1, **more: Any) -> Any:
+        return self._cluster.add_node(wait=False, **self._arguments(tag, accelerators), **more)
 
     def kill(self, node: Any) -> None:
         """The node dies without a word: raylet first, its workers with it."""

@@ -1,0 +1,108 @@
+"""Artifacts between nodes: the files of one as a stream, how such a stream is received, and quiet while one is sent.
+
+What carries the stream is the orchestrator's matter (`orchestrator.exchange`); a supervisor that nobody connects to
+others is `Alone`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path, PurePosixPath
+
+from tasks.artifacts import MANIFEST, ArtifactSpec, find, locked, making_folder
+
+CHUNK_BYTES = 8 * 2**20
+# (name of the file relative to the artifact's folder, some of its bytes); chunks of a file come in order
+Part = tuple[str, bytes]
+
+
+class Alone:
+    """How a supervisor gets artifacts from elsewhere: it does not. Also the interface of those that do."""
+
+    def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float) -> None:
+        """Return when the artifact was copied into `root`, or when it is up to this node to make it."""
+
+    def made(self, spec: ArtifactSpec) -> None:
+        """The artifact lies whole in this node's store."""
+
+    def failed(self, spec: ArtifactSpec) -> None:
+        """This node could not make it: another may try."""
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """While it is held, nothing is sent from this node."""
+        return nullcontext()
+
+
+def parts(folder: Path) -> Iterator[Part]:
+    """Everything in an artifact's folder, the manifest last; nothing where it is not there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path == folder / MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        with path.open("rb") as file:
+            yield name, file.read(CHUNK_BYTES)
+            while chunk := file.read(CHUNK_BYTES):
+                yield name, chunk
+
+
+def receive(spec: ArtifactSpec, root: Path, stream: Iterable[Part]) -> bool:
+    """Write a stream into the store, whole or not at all, and compare every file with the manifest that came along.
+
+    False if what came is not the artifact. Raises `ValueError` for a name that leaves the folder, and whatever
+    `stream` raises; nothing stays then.
+    """
+    folder, making = spec.folder(root), making_folder(spec, root)
+    with locked(spec, root):
+        if find(spec, root) is not None:
+            return True
+        for leftover in (making, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        making.mkdir(parents=True)
+        try:
+            for name, chunk in stream:
+                with _inside(making, name).open("ab") as file:
+                    file.write(chunk)
+            making.rename(folder)
+            if find(spec, root, content=True) is not None:
+                return True
+            shutil.rmtree(folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return False
+
+
+def _inside(folder: Path, name: str) -> Path:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise ValueError(f"an artifact may not contain {name!r}, which lies outside its folder")
+    path = folder / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def undisturbed(root: Path) -> Iterator[None]:
+    """Held while something is measured on this machine; several may hold it, but nothing is sent meanwhile."""
+    with ExitStack() as held:
+        with ExitStack() as queue:
+            # a sender that waits stands in the queue: who would measure next waits behind it
+            queue.enter_context(_flock(root / ".queue", fcntl.LOCK_EX))
+            held.enter_context(_flock(root / ".measuring", fcntl.LOCK_SH))
+        yield
+
+
+@contextmanager
+def sending(root: Path) -> Iterator[None]:
+    """Waits for the measurements that run on this machine to end; none begins while it is held."""
+    with _flock(root / ".queue", fcntl.LOCK_EX), _flock(root / ".measuring", fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def _flock(path: Path, kind: int) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, kind)
+        yield
