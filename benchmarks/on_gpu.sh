@@ -44,6 +44,12 @@ for part in "$@"; do
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs 12
         ;;
+    two) # on a host with two cards
+        sweep 240 aa-gpu parallel --parallel-gpus --only "workload=attention|prefill"
+        CUDA_VISIBLE_DEVICES=0 sweep 200 aa-gpu gpu0 --only "workload=attention|prefill"
+        CUDA_VISIBLE_DEVICES=1 sweep 200 aa-gpu gpu1 --only "workload=attention|prefill"
+        "$PYTHON" benchmarks/two_devices.py "$out/parallel" "$out/gpu0" "$out/gpu1"
+        ;;
     *)
         sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline
         ;;
