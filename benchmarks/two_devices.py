@@ -47,6 +47,9 @@ def main():
     print("|---|---|---|---|---|")
     first, second = (frame[frame["outcome"] == "ok"].groupby("cell_id", sort=False) for frame in single)
     for cell_id, here in first:
+        if cell_id not in second.groups:
+            wrong = True
+            continue
         there = second.get_group(cell_id)
         a, b = here[column].median(), there[column].median()
         noise = max(group[column].std() / group[column].mean() for group in (here, there))

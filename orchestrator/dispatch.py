@@ -12,9 +12,8 @@ from typing import Any
 from orchestrator.inventory import Inventory, Node, bench_devices, is_accelerator
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.slots import MAX_STARTS, BenchSlot, Phase, close_all
+from orchestrator.slots import MAX_STARTS, BenchSlot, Phase, bind, close_all
 from orchestrator.work import SweepWork
-from tasks.device import DeviceInfo
 from tasks.job import CellJob, RunResult
 
 MAX_ATTEMPTS = 3
@@ -216,7 +215,7 @@ class Dispatcher:
     def _heed(self, slot: BenchSlot, answer: Any) -> None:
         """An answer of the slot's runner: a dictionary about its node, or the JSON text of a finished run."""
         if slot.phase is Phase.STARTING:
-            self._bind(slot, answer["accelerators"])
+            bind(slot, answer["accelerators"], list(self.slots.values()))
             slot.prepare()
             self.progress.slot(slot.slot_id, slot.device.tag, "importing torch, measuring ceilings")
         elif slot.phase is Phase.PREPARING:
@@ -238,18 +237,6 @@ class Dispatcher:
             else:
                 slot.starts = 0
                 slot.idle()
-
-    def _bind(self, slot: BenchSlot, accelerators: list[str]) -> None:
-        """On a node with unlike accelerators Ray chooses which one a runner gets; the slot that has it swaps."""
-        given = accelerators[0] if accelerators and slot.uses_accelerator else None
-        if given is None or _is(slot.device, given):
-            return
-        for other in self.slots.values():
-            if other.node.node_id == slot.node.node_id and _is(other.device, given):
-                slot.device, other.device = other.device, slot.device
-                slot.facts, other.facts = other.facts, slot.facts
-                return
-        slot.device = next((device for device in slot.node.devices if _is(device, given)), slot.device)
 
     def _finish(self, slot: BenchSlot, job: CellJob, result: RunResult) -> None:
         self.work.done(job, result)
@@ -303,13 +290,6 @@ class Dispatcher:
         import ray
 
         return {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}
-
-
-def _is(device: DeviceInfo, given: str) -> bool:
-    """Whether Ray's id, an index or a UUID, means this accelerator."""
-    if device.uuid is not None and not given.isdigit():
-        return device.uuid == given
-    return device.kind == "cuda" and given == str(device.index)
 
 
 def _first_line(error: BaseException) -> str:

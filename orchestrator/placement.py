@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -114,3 +115,9 @@ def plan_row(sweep: str, item: Placed, result_key: str | None) -> dict[str, Any]
         "decision": item.decision.value,
         "reason": item.reason,
     }
+
+
+def unplaced_messages(placed: Sequence[Placed]) -> list[str]:
+    """For the person: what has no home, one sentence per reason."""
+    counts = Counter(item.reason for item in placed if item.decision is Decision.UNPLACED and item.reason)
+    return [f"{reason}: {number} cell{'s' if number > 1 else ''} unplaced" for reason, number in counts.items()]

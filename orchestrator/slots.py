@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -139,6 +140,26 @@ def limit_s(job: CellJob, *, shared: bool = False) -> float:
     """
     making_s = job.artifact_timeout_s * makers(job)
     return job.timeout_s * (2 if job.quality else 1) + (2 * making_s + SENDING_S if shared else making_s)
+
+
+def bind(slot: BenchSlot, given: list[str], slots: Sequence[BenchSlot]) -> None:
+    """On a node with unlike accelerators Ray chooses which one a runner gets; the slot that has it swaps."""
+    accelerator = given[0] if given and slot.uses_accelerator else None
+    if accelerator is None or _is(slot.device, accelerator):
+        return
+    for other in slots:
+        if other.node.node_id == slot.node.node_id and _is(other.device, accelerator):
+            slot.device, other.device = other.device, slot.device
+            slot.facts, other.facts = other.facts, slot.facts
+            return
+    slot.device = next((device for device in slot.node.devices if _is(device, accelerator)), slot.device)
+
+
+def _is(device: DeviceInfo, given: str) -> bool:
+    """Whether Ray's id, an index or a UUID, means this accelerator."""
+    if device.uuid is not None and not given.isdigit():
+        return device.uuid == given
+    return device.kind == "cuda" and given == str(device.index)
 
 
 def close_all(slots: list[BenchSlot]) -> None:

@@ -13,7 +13,8 @@ from orchestrator.inventory import Node
 from orchestrator.keys import KeyMaker, distinct_machines
 from orchestrator.ledger import Block, Ledger, Reuse, decide
 from orchestrator.patience import PatientStore
-from orchestrator.placement import Decision, Placed, devices_of, place, plan_row
+from orchestrator.placement import Decision, Placed, devices_of, place, plan_row, unplaced_messages
+from orchestrator.recorded import Recorded
 from orchestrator.slots import BenchSlot
 from orchestrator.store import Records
 from orchestrator.sweep import Sweep
@@ -24,8 +25,6 @@ from tasks.identity import cell_columns, job_columns
 from tasks.job import CellJob, RunResult
 from tasks.registry import optimizations
 from tasks.row import Outcome, Row
-
-_KEPT = ("cell_id", "group_id", "round", "block_id", "outcome", "result_key", "run_id", "quality_reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +77,8 @@ class SweepWork:
         self._free: dict[str, deque[str]] = defaultdict(deque)
         self._bound: dict[str, deque[str]] = defaultdict(deque)
         self._machines: list[tuple[Node, DeviceInfo]] = []
-        self._recorded: list[dict[str, Any]] = []
-        self._newest: dict[str, tuple[int, str]] = {}
+        self._recorded = Recorded(records)
         self._attempts: dict[str, int] = {}  # cell_id -> runs that its lost slots had begun
-        for record in records:
-            if record.get("kind") == "row":
-                self._remember(record["row"])
-            elif record.get("kind") == "run":
-                self._recorded.append(record)
         self._quality_known: set[str] = set()
         self._planned = False
         self._excluded: list[Placed] = []
@@ -113,10 +106,12 @@ class SweepWork:
             self._write_plan(self.plan_rows())
             self._planned = True
         self._excluded += [
-            item for item in newcomers if not item.to_run and self._needs_row(item.planned, Outcome.UNSUPPORTED)
+            item
+            for item in newcomers
+            if not item.to_run and self._recorded.needs(item.planned.cell.cell_id, Outcome.UNSUPPORTED)
         ]
         groups = dict.fromkeys(item.planned.cell.group_id for item in newcomers if item.to_run)
-        messages = self._unplaced_messages(placed)
+        messages = unplaced_messages(placed)
         messages += without_harness(self._settings.sweep.quality, devices_of(newcomers))
         if groups:
             ledger = self._decide(groups, self._settings.retry)
@@ -240,8 +235,8 @@ class SweepWork:
         found: Counter[str] = Counter()
         for cell_id in self.placed:
             counted = [run.outcome for run in runs.get(cell_id, ())]
-            if not counted and cell_id in self._newest:
-                counted = [self._newest[cell_id][1]]
+            if not counted and (newest := self._recorded.outcome(cell_id)):
+                counted = [newest]
             if counted:
                 found[next((outcome for outcome in counted if outcome != Outcome.OK), Outcome.OK.value)] += 1
         return found
@@ -264,8 +259,8 @@ class SweepWork:
 
     def _ask(self, planned: Sequence[PlannedCell], retry: Sequence[str]) -> Ledger:
         return decide(
-            planned, self._recorded, lambda cell: self._keys.all(cell, self._machines), reuse=self._settings.reuse,
-            retry=retry, seed=self._settings.sweep.seed, timeout_s=self._settings.sweep.limits.cell_timeout_s,
+            planned, self._recorded.records, lambda cell: self._keys.all(cell, self._machines),
+            reuse=self._settings.reuse, retry=retry, seed=self._settings.sweep.seed, timeout_s=self._settings.sweep.limits.cell_timeout_s,
         )  # fmt: skip
 
     def _job(self, group: _GroupWork, block: Block, cell: Cell, order: int, slot: BenchSlot) -> CellJob:
@@ -284,17 +279,16 @@ class SweepWork:
 
     def _settle(self, planned: PlannedCell, outcome: Outcome, reason: str) -> None:
         """The row of a cell that is not run, unless its rows say so already."""
-        if not self._needs_row(planned, outcome):
+        if not self._recorded.needs(planned.cell.cell_id, outcome):
             return
-        round_ = self._newest.get(planned.cell.cell_id, (-1, ""))[0] + 1
+        round_ = self._recorded.next_round(planned.cell.cell_id)
         row = Row()
         row.set(
             **cell_columns(planned.cell), sweep=self._settings.sweep.name, round=round_, outcome=outcome, reason=reason,
             hardware_requested=planned.hardware_requested, run_id=self._settings.run_id, attempt=1,
             profile=self._settings.sweep.profile, ray=self._settings.ray_version,
         )  # fmt: skip
-        key = self._keys.one(self.placed[planned.cell.cell_id], self._machines)
-        row.set(result_key=key)
+        row.set(result_key=self._keys.one(self.placed[planned.cell.cell_id], self._machines))
         self._add(RunResult(row=row.to_dict()))
         self._settled(row.to_dict())
 
@@ -303,24 +297,4 @@ class SweepWork:
         if result.row.get("quality_reference") is not None:
             self._quality_known.add(result.row["cell_id"])
         self.written += 1
-        self._remember(result.row)
-
-    def _remember(self, row: dict[str, Any]) -> None:
-        """What the ledger asks of a row, some 600 bytes: reading the journal again for every lost slot costs more."""
-        self._recorded.append({"kind": "row", "row": {name: row[name] for name in _KEPT if row.get(name) is not None}})
-        known = self._newest.get(row["cell_id"], (-1, ""))
-        self._newest[row["cell_id"]] = (max(known[0], row["round"]), str(row["outcome"]))
-
-    def _needs_row(self, planned: PlannedCell, outcome: Outcome) -> bool:
-        """A cell that was measured once is not unplaced for want of that machine, but it can become unsupported."""
-        if planned.cell.cell_id not in self._newest:
-            return True
-        newest = self._newest[planned.cell.cell_id][1]
-        return newest != outcome and (outcome == Outcome.UNSUPPORTED or newest == Outcome.UNPLACED)
-
-    def _unplaced_messages(self, placed: Sequence[Placed]) -> list[str]:
-        counts: dict[str, int] = defaultdict(int)
-        for item in placed:
-            if item.decision is Decision.UNPLACED and item.reason:
-                counts[item.reason] += 1
-        return [f"{reason}: {number} cell{'s' if number > 1 else ''} unplaced" for reason, number in counts.items()]
+        self._recorded.add(result.row)
