@@ -258,9 +258,10 @@ class SweepWork:
         return ledger
 
     def _ask(self, planned: Sequence[PlannedCell], retry: Sequence[str]) -> Ledger:
+        limit_s = self._settings.sweep.limits.cell_timeout_s
         return decide(
             planned, self._recorded.records, lambda cell: self._keys.all(cell, self._machines),
-            reuse=self._settings.reuse, retry=retry, seed=self._settings.sweep.seed, timeout_s=self._settings.sweep.limits.cell_timeout_s,
+            reuse=self._settings.reuse, retry=retry, seed=self._settings.sweep.seed, timeout_s=limit_s,
         )  # fmt: skip
 
     def _job(self, group: _GroupWork, block: Block, cell: Cell, order: int, slot: BenchSlot) -> CellJob:
