@@ -222,7 +222,8 @@ def make_sweep(
 def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Sweep:
     """Read a sweep file, or a shipped sweep by name, and apply `--set` overrides. Raises `SweepError`.
 
-    With `elsewhere`, checkpoints given by absolute paths are those of other machines and not looked for here.
+    Relative paths are taken from the folder of the file, those of a shipped sweep from the current folder. With
+    `elsewhere`, checkpoints given by absolute paths are those of other machines and not looked for here.
     """
     path = _find(path_or_shipped_name)
     try:
@@ -235,7 +236,8 @@ def load_sweep(path_or_shipped_name: str, overrides: Sequence[str] = (), *, else
     apply_overrides(document, overrides)
     if "name" not in document.data and (name := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")):
         document.data["name"] = name
-    return _validated(document, path.resolve().parent, elsewhere=elsewhere)
+    folder = path.resolve().parent
+    return _validated(document, Path.cwd() if folder == SHIPPED.resolve() else folder, elsewhere=elsewhere)
 
 
 def shipped() -> dict[str, Path]:

@@ -409,6 +409,16 @@ def test_factory_is_found_beside_the_sweep_without_being_imported(tmp_path: Path
     assert found.endswith("nets_of_test.small defines no 'mak'; did you mean 'make'?")
 
 
+def test_paths_of_a_shipped_sweep_are_those_of_the_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    (model,) = load_sweep("quickstart", ["models=[{id: mine, path: ./checkpoint}]"]).models
+    assert model.spec.reference == str(folder)
+
+
 def test_file_not_found_names_the_shipped_sweeps(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"^quickstar: no such file.*did you mean 'quickstart'\?.*llama-1b"):
         load_sweep("quickstar")
