@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runner import Runner
-from tasks.cell import Cell
 from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
@@ -21,10 +20,11 @@ from tasks.supervisor import Supervisor
 class ShortRunner(Runner):
     """Each run is a real isolated process, with its limit and its post-mortem, that does nothing and ends."""
 
-    def prepare(self, device: dict[str, Any], cpus: list[int], with_facts: bool) -> dict[str, Any]:
+    def prepare(self, device: dict[str, Any], cpus: list[int], known: dict[str, Any] | None) -> dict[str, Any]:
         self._supervisor = ShortSupervisor(
             DeviceInfo.from_dict(device), cpus=(), log_path=self._log_path, work_dir=self._work
         )
+        self._slot = {"device": device, "cpus": cpus, "ceilings": {}, "idle_power_w": None}
         return {"cpus": cpus}
 
 
@@ -60,16 +60,17 @@ class EmptyRunner:
 
         return {"accelerators": ray.get_runtime_context().get_accelerator_ids().get("GPU", []), "pid": os.getpid()}
 
-    def prepare(self, device: dict[str, Any], cpus: list[int], with_facts: bool) -> dict[str, Any]:
+    def prepare(self, device: dict[str, Any], cpus: list[int], known: dict[str, Any] | None) -> dict[str, Any]:
         return {"cpus": []}
 
     def measure(self, text: str) -> str:
         job = json.loads(text)
-        cell = Cell.from_dict(job["cell"])
-        named = {name: job[name] for name in ("sweep", "round", "block_id", "result_key", "run_id", "attempt")}
-        row = {
-            **named, "cell_id": cell.cell_id, "group_id": cell.group_id, "model": cell.model.id, "outcome": "ok",
-            "workload_point": str(cell.workload), "optimization": str(cell.stack), "hardware": cell.hardware,
+        named = ("cell_id", "sweep", "round", "block_id", "result_key", "run_id", "attempt")
+        cell = job["cell"]
+        row = {name: job[name] for name in named} | {
+            "group_id": job["block_id"].rpartition("-")[0], "model": cell["model"]["id"], "hardware": cell["hardware"],
+            "workload_point": cell["workload"]["kind"], "outcome": "ok",
+            "optimization": "+".join(item["name"] for item in cell["stack"]),
         }  # fmt: skip
         return json.dumps({"row": row, "samples": []})
 

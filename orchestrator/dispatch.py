@@ -162,17 +162,10 @@ class Dispatcher:
         self.progress.slot(slot.slot_id, slot.device.tag, "starting")
 
     def _measure(self, slot: BenchSlot, job: CellJob) -> None:
-        facts = slot.facts or {}
-        ready = replace(
-            job,
-            device=slot.device,
-            cpus=tuple(facts.get("cpus", ())),
-            ceilings=facts.get("ceilings") or {},
-            idle_power_w=facts.get("idle_power_w"),
-            compile_cold=job.cell.cell_id not in slot.compiled,
-        )
-        slot.measure(ready)
-        self.progress.started(slot.slot_id, ready)
+        if job.device is not slot.device:  # Ray gave the runner another accelerator than the one it was planned for
+            job = replace(job, device=slot.device)
+        slot.measure(job)
+        self.progress.started(slot.slot_id, job)
 
     def _await(self, active: list[BenchSlot]) -> None:
         import ray

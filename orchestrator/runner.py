@@ -15,7 +15,6 @@ from typing import Any
 
 from orchestrator.exchange import Shared
 from orchestrator.guard import MARK
-from tasks.cell import Cell
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.supervisor import Supervisor
@@ -37,6 +36,7 @@ class Runner:
         self._work = _work_folder()
         self._log_path = Path(log_path) if log_path else self._work / "slot.log"
         self._supervisor: Supervisor | None = None
+        self._slot: dict[str, Any] = {}  # what every job of this slot has
         self._sharing = Shared(exchange, artifact_folder()) if exchange is not None else None
 
     def where(self) -> dict[str, Any]:
@@ -46,18 +46,23 @@ class Runner:
         context = ray.get_runtime_context()
         return {"accelerators": context.get_accelerator_ids().get("GPU", []), "pid": os.getpid(), **self._undone}
 
-    def prepare(self, device: dict[str, Any], cpus: list[int], with_facts: bool) -> dict[str, Any]:
-        """Bind the slot to `device`, start its supervisor; the device's measured facts, or nothing unless asked."""
+    def prepare(self, device: dict[str, Any], cpus: list[int], known: dict[str, Any] | None) -> dict[str, Any]:
+        """Bind the slot to `device`, start its supervisor; the device's facts, measured unless they are `known`."""
         affinity = tuple(cpus) or tuple(sorted(os.sched_getaffinity(0)))
         self._supervisor = Supervisor(
             DeviceInfo.from_dict(device), cpus=affinity, log_path=self._log_path, work_dir=self._work,
             sharing=self._sharing,
         )  # fmt: skip
         self._supervisor.start()
-        return {**(self._supervisor.facts() if with_facts else {}), "cpus": list(affinity)}
+        facts = self._supervisor.facts() if known is None else known
+        self._slot = {
+            "device": device, "cpus": list(affinity), "ceilings": facts.get("ceilings") or {},
+            "idle_power_w": facts.get("idle_power_w"),
+        }  # fmt: skip
+        return {**facts, "cpus": list(affinity)}
 
     def measure(self, job: str) -> str:
-        """One run of one cell, JSON both ways: a job, then `{"row", "samples"}`.
+        """One run of one cell, JSON both ways: a job as `slots.to_wire` writes it, then `{"row", "samples"}`.
 
         Text, so that what a measured process left is never unpickled by the driver. Raises only when the supervisor
         itself cannot go on.
@@ -65,10 +70,10 @@ class Runner:
         if self._supervisor is None:
             raise RuntimeError("the runner was not prepared")
         given = at_home(json.loads(job), self._driver_home)
-        compile_cache = self._work / "compile" / Cell.from_dict(given["cell"]).cell_id
+        compile_cache = self._work / "compile" / given.pop("cell_id")
         compile_cache.mkdir(parents=True, exist_ok=True)
         local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
-        here = CellJob.from_dict({**given, **local})
+        here = CellJob.from_dict({**given, **self._slot, **local})
         result = self._supervisor.measure(here)
         return json.dumps({"row": result.row, "samples": result.samples})
 

@@ -24,6 +24,9 @@ CLOSING_S = 10.0
 MAX_STARTS = 4
 
 
+_OF_THE_SLOT = frozenset({"device", "cpus", "ceilings", "idle_power_w"})
+
+
 class Phase(StrEnum):
     ASLEEP = "asleep"
     STARTING = "starting"
@@ -95,14 +98,15 @@ class BenchSlot:
 
     def prepare(self) -> None:
         """Start the supervisor for `device`; measures the device's facts unless they are known."""
-        call = self.actor.prepare.remote(self.device.to_dict(), list(self.cpus), self.facts is None)
+        call = self.actor.prepare.remote(self.device.to_dict(), list(self.cpus), self.facts)
         self._await(call, Phase.PREPARING, PREPARING_S)
 
     def measure(self, job: CellJob) -> None:
         self.job = job
+        text = to_wire(job, compile_cold=job.cell.cell_id not in self.compiled)
         self.compiled.add(job.cell.cell_id)
         allowed_s = limit_s(job, shared=self.exchange is not None) + GRACE_S
-        self._await(self.actor.measure.remote(json.dumps(job.to_dict())), Phase.BUSY, allowed_s)
+        self._await(self.actor.measure.remote(text), Phase.BUSY, allowed_s)
 
     def idle(self) -> None:
         self.pending, self.job, self.phase = None, None, Phase.IDLE
@@ -131,6 +135,13 @@ class BenchSlot:
     def _await(self, reference: Any, phase: Phase, limit_s: float) -> None:
         self.pending, self.phase, self.since = reference, phase, time.monotonic()
         self.deadline = self.since + limit_s
+
+
+def to_wire(job: CellJob, *, compile_cold: bool) -> str:
+    """A job for a runner, as JSON: what it knows of its slot already is left out."""
+    own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
+    own |= {"cell": job.cell.to_dict(), "cell_id": job.cell.cell_id, "compile_cold": compile_cold}
+    return json.dumps(own)
 
 
 def limit_s(job: CellJob, *, shared: bool = False) -> float:

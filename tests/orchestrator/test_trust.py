@@ -85,6 +85,7 @@ def test_no_object_of_the_measured_code_reaches_the_driver(finished: Any) -> Non
 
 def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.runner import HOME, Runner
+    from orchestrator.slots import to_wire
     from tasks.probe import probe
 
     monkeypatch.setattr("orchestrator.runner.undo_ray", dict)  # this process is no worker of Ray's
@@ -93,9 +94,9 @@ def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, mon
     model, search_path = bench.factory(NETS.replace("def bad", "def make"))
     runner = Runner(str(tmp_path / "slot.log"), HOME)
     try:
-        runner.prepare(probe().devices[-1].to_dict(), [], False)
+        runner.prepare(probe().devices[-1].to_dict(), [], {})
         job = bench.job(bench.cell("forward", model=model), search_path=search_path)
-        text = runner.measure(json.dumps(job.to_dict()))
+        text = runner.measure(to_wire(job, compile_cold=True))
     finally:
         runner.close()
     assert type(text) is str
