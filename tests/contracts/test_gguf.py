@@ -269,7 +269,7 @@ class TestOnPocket:
                 assert evidence.ok, (str(chosen), evidence.facts)
             assert session.model.sizes()["num_hidden_layers"] == session.loaded.config.num_hidden_layers
 
-    def test_stop_check_and_named_tasks_take_it_as_a_model(self, bench: Any) -> None:
+    def test_a_stop_check_beside_it(self, bench: Any) -> None:
         cell = bench.cell("decode", "gguf+sync-check", bench.POCKET, prompt_tokens=16, new_tokens=8, stop="eos")
         with bench.live(bench.job(cell)) as session:
             assert session.step.problems() == []

@@ -77,3 +77,24 @@ def test_one_file_for_each_type_and_checkpoint(job: Any) -> None:
     keys = {key(stack) for stack in ("gguf", "gguf:type=Q8_0", "prune+gguf", "prune:ratio=0.5+gguf")}
     assert len(keys) == 4
     assert key("gguf:type=Q4_K_M") == key("fp32+gguf") == key("gguf")
+
+
+def test_named_tasks_take_it_as_a_model(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-evaluation-harness is given the runtime's model where it expects one of transformers."""
+    from tasks.quality_tasks import run_tasks
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [json.dumps({"q": f"import o{number}", "c": ["s\n", "zzz"], "a": 0}) for number in range(6)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'mine.jsonl'}}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{c}}"\n'
+        "doc_to_target: a\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    cell = bench.cell("prefill", "gguf:type=F16", bench.POCKET)
+    with bench.live(bench.job(cell, quality_tasks=("mine",), quality_tasks_path=str(tmp_path))) as session:
+        found = run_tasks(session)
+    assert isinstance(found, str), found
+    assert json.loads(found)["mine"]["acc"]["value"] == 1.0
