@@ -43,6 +43,9 @@ FAMILIES: tuple[str, ...] = (
     "decode-loop",
     "control",
 )
+# What can stand in a stack beside a runtime that is not torch: what makes the checkpoint that the runtime's own file is
+# made from, and what does not touch the model.
+BESIDE_A_RUNTIME = frozenset({"distillation", "pruning", "decode-loop", "control"})
 
 
 _OUT_OF_MEMORY = re.compile(
@@ -64,8 +67,8 @@ class Needs:
     """Conditions that can be decided at planning time. Empty tuples mean no restriction.
 
     `compute_capability` is the least `(major, minor)` on CUDA. `packages` are distribution names; `extra` is the
-    project's extra that installs them. Some options need `optional_packages`: the technique
-    says which.
+    project's extra that installs them, with `variables` before the command where it has to be built. Some options need
+    `optional_packages`: the technique says which.
     """
 
     devices: tuple[DeviceKind, ...] = ()
@@ -73,6 +76,7 @@ class Needs:
     packages: tuple[str, ...] = ()
     optional_packages: tuple[str, ...] = ()
     extra: str | None = None
+    variables: str = ""
     workloads: tuple[str, ...] = ()
     model_kinds: tuple[str, ...] = ()
 
@@ -110,8 +114,10 @@ class Optimization(ABC):
     type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
     must run in an executed, not a forked process, since something is read at import), `lossy_cache` (keys and
     values are not kept exactly, so that quality on whole sequences says nothing), `freezes_weights` (training leaves
-    the model's own weights as they are, so that they can be held in half precision or compressed) and `synchronises`
-    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty).
+    the model's own weights as they are, so that they can be held in half precision or compressed), `synchronises`
+    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `runtime` (the
+    name of what runs the model in the place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and
+    `runtime_takes` (names of techniques that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
     """
 
     name: ClassVar[str]
@@ -124,6 +130,8 @@ class Optimization(ABC):
     lossy_cache: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
     synchronises: ClassVar[str] = ""
+    runtime: ClassVar[str] = ""
+    runtime_takes: ClassVar[tuple[str, ...]] = ()
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""
@@ -184,5 +192,6 @@ def _unmet(name: str, needs: Needs, cell: Cell, device: DeviceInfo) -> str | Non
     missing = [package for package in needs.packages if package not in device.packages]
     if missing:
         how = f"pip install '.[{needs.extra}]'" if needs.extra else f"pip install {' '.join(missing)}"
+        how = f"{needs.variables} {how}".lstrip()
         return f"{name} needs {', '.join(missing)}, which {device.tag} lacks: {how}"
     return None
