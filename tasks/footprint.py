@@ -46,16 +46,18 @@ def lower_bound(cell: Cell) -> Footprint:
     shape = _shape(cell.model)
     if shape is None:
         return _UNKNOWN
-    per_weight = in_blocks = shape.published_bytes
+    per_weight = in_blocks = in_cache = shape.published_bytes
     known = optimizations()
     resident = 1.0
     for technique in cell.stack.techniques:  # precision comes before compression
         family = known[technique.name].family
         resident *= known[technique.name].resident(technique)
         if family == "precision":
-            per_weight = in_blocks = _BYTES.get(technique.name, shape.published_bytes)
+            per_weight = in_blocks = in_cache = _BYTES.get(technique.name, shape.published_bytes)
         elif family == "compression":
             in_blocks = getattr(known[technique.name], "bits", 8 * per_weight) / 8
+            if known[technique.name].runtime:  # its file holds embeddings and head in such types too
+                per_weight = min(per_weight, in_blocks)
     weights = resident * shape.blocks * in_blocks + shape.rest * per_weight
     if cell.workload.kind == "train_step" and not freezes_weights(cell):
         weights = _trained_bytes(cell, shape)
@@ -65,8 +67,8 @@ def lower_bound(cell: Cell) -> Footprint:
     held = 1.0 if cell.workload.kind in ("prefill", "decode") else 0.0
     for technique in cell.stack.techniques:
         share = getattr(known[technique.name], "held_share", None)
-        held *= 1.0 if share is None else share(technique, per_weight)
-    cache_bytes = int(tokens * shape.cache_elements_per_token * per_weight * held)
+        held *= 1.0 if share is None else share(technique, in_cache)
+    cache_bytes = int(tokens * shape.cache_elements_per_token * in_cache * held)
     return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
 
 

@@ -43,6 +43,9 @@ FAMILIES: tuple[str, ...] = (
     "decode-loop",
     "control",
 )
+# What can stand in a stack beside a runtime that is not torch: what makes the checkpoint that the runtime's own file is
+# made from, and what does not touch the model.
+BESIDE_A_RUNTIME = frozenset({"distillation", "pruning", "decode-loop", "control"})
 
 
 _OUT_OF_MEMORY = re.compile(
@@ -110,8 +113,10 @@ class Optimization(ABC):
     type of the default is the type of the option), `choices` (allowed values of an option), `executed` (the cell
     must run in an executed, not a forked process, since something is read at import), `lossy_cache` (keys and
     values are not kept exactly, so that quality on whole sequences says nothing), `freezes_weights` (training leaves
-    the model's own weights as they are, so that they can be held in half precision or compressed) and `synchronises`
-    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty).
+    the model's own weights as they are, so that they can be held in half precision or compressed), `synchronises`
+    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `runtime` (the
+    name of what runs the model in the place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and
+    `runtime_takes` (names of techniques that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
     """
 
     name: ClassVar[str]
@@ -124,6 +129,8 @@ class Optimization(ABC):
     lossy_cache: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
     synchronises: ClassVar[str] = ""
+    runtime: ClassVar[str] = ""
+    runtime_takes: ClassVar[tuple[str, ...]] = ()
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""

@@ -6,7 +6,7 @@ import difflib
 
 from tasks.cell import BASELINE, Cell, Scalar, Stack, Technique
 from tasks.device import DeviceInfo
-from tasks.optimization import FAMILIES
+from tasks.optimization import BESIDE_A_RUNTIME, FAMILIES
 from tasks.registry import optimizations, workloads
 
 
@@ -91,6 +91,18 @@ def unsupported(cell: Cell, device: DeviceInfo) -> str | None:
         reason = known[technique.name].unsupported(cell, device)
         if reason:
             return reason
+    return _beside_a_runtime(cell)
+
+
+def _beside_a_runtime(cell: Cell) -> str | None:
+    """Why a technique cannot change a model that does not run in torch, or None."""
+    stack = [optimizations()[technique.name] for technique in cell.stack.techniques]
+    for brought in (technique for technique in stack if technique.runtime):
+        for other in stack:
+            allowed = other.family in BESIDE_A_RUNTIME or other.name in brought.runtime_takes or other is brought
+            if not allowed:
+                why = f"that runs in {other.runtime}" if other.runtime else "that changes a model in torch"
+                return f"{brought.name} runs the model in {brought.runtime}: no {other.name} ({other.family}), {why}"
     return None
 
 

@@ -16,6 +16,7 @@ from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
 from tasks.models.identity import job_checkpoint
+from tasks.models.runtime import RuntimeModel
 from tasks.stacks import freezes_weights, precision_of
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> flo
 def _dtype(session: Session) -> str:
     if session.model is None:
         return session.load_options.dtype or "float32"
+    if isinstance(session.model, RuntimeModel):
+        return str(session.model.dtype).removeprefix("torch.")
     floating = (p.dtype for p in session.model.parameters() if p.is_floating_point())
     return str(next(floating, "torch.float32")).removeprefix("torch.")
 
@@ -100,10 +103,13 @@ def bytes_read_per_token(session: Session) -> float:
     from tasks.metrics.parameters import stored_bytes
 
     total = float(stored_bytes(session.model))
-    embedding, head = session.model.get_input_embeddings(), session.model.get_output_embeddings()
-    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-    if isinstance(embedding, torch.nn.Embedding) and not tied:
-        total -= embedding.weight.nbytes
+    if isinstance(session.model, RuntimeModel):
+        total -= session.model.weights.embedding_bytes
+    else:
+        embedding, head = session.model.get_input_embeddings(), session.model.get_output_embeddings()
+        tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+        if isinstance(embedding, torch.nn.Embedding) and not tied:
+            total -= embedding.weight.nbytes
     point = session.job.cell.workload
     cache = session.step.cache_bytes()  # type: ignore[union-attr]
     prompt, new = int(point["prompt_tokens"]), int(point["new_tokens"])

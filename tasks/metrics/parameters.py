@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Column, Metric, Missing, Phase
+from tasks.models.runtime import RuntimeModel
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -38,6 +39,8 @@ class Parameters(Metric):
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Total and trainable parameters. A packed 4-bit weight counts the weights it stands for."""
+    if isinstance(model, RuntimeModel):
+        return model.weights.parameters, 0
     packed = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear4bit"}
     total = trainable = 0
     for parameter in model.parameters():
@@ -50,6 +53,8 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def stored_bytes(model: Any) -> int:
     """Bytes of all storages reachable from parameters, buffers and quantization states, shared ones once."""
+    if isinstance(model, RuntimeModel):
+        return model.weights.bytes
     states = [state for module in model.modules() if (state := getattr(module, "state", None)) is not None]
     scales = [getattr(state, name, None) for state in states for name in ("SCB", "CB")]
     return storage_bytes([*model.parameters(), *model.buffers(), *scales])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tasks.models.runtime import RuntimeModel
 from tasks.optimization import Evidence, LoadOptions, Optimization
 from tasks.stacks import freezes_weights
 
@@ -68,6 +69,8 @@ def set_tf32(allowed: bool) -> None:
 
 def weight_dtypes(model: Any) -> Counter[str]:
     """Elements stored per dtype, over all parameters."""
+    if isinstance(model, RuntimeModel):
+        return Counter(model.weights.elements)
     count: Counter[str] = Counter()
     for parameter in model.parameters():
         count[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()

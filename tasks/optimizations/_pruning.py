@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.runtime import RuntimeModel
 from tasks.optimization import Unsupported
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 WHAT = ("mlp", "heads", "layers")
 IMPORTANCE = ("activation", "magnitude")
+IN_CONFIG = {"mlp": "intermediate_size", "heads": "num_key_value_heads", "layers": "num_hidden_layers"}
 WIDTH_STEP = 64  # MLP widths stay multiples of this where they are large: odd widths are slow
 
 
@@ -41,7 +43,26 @@ class Sizes:
 
 def sizes_of(config: Any) -> Sizes:
     """The sizes of a configuration."""
-    return Sizes(mlp=config.intermediate_size, heads=config.num_key_value_heads, layers=config.num_hidden_layers)
+    return Sizes(**{key: getattr(config, name) for key, name in IN_CONFIG.items()})
+
+
+def live_sizes(model: Any) -> dict[str, list[float]]:
+    """The different sizes that a live model's blocks have, named as in `Sizes`; `layers` is how many there are.
+
+    Read from the two layers that no other technique joins with its neighbours, or from the runtime that holds them.
+    """
+    if isinstance(model, RuntimeModel):
+        seen = model.sizes()
+        return {key: [seen[name]] for key, name in IN_CONFIG.items()}
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    group = config.num_attention_heads // config.num_key_value_heads
+    layers = model.base_model.layers
+    return {
+        "mlp": sorted({block.mlp.down_proj.in_features for block in layers}),
+        "heads": sorted({block.self_attn.o_proj.in_features / (head * group) for block in layers}),
+        "layers": [len(layers)],
+    }
 
 
 def pruned_sizes(before: Sizes, what: str, ratio: float) -> Sizes:

@@ -15,6 +15,7 @@ from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import calibration_windows, text_content
 from tasks.cell import digest
 from tasks.models.identity import ModelError, random_config
+from tasks.models.runtime import RuntimeModel
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.optimizations._checkpoint import original_config, parameters_of, published_dtype
 from tasks.optimizations._pruning import Sizes as Sizes
@@ -115,7 +116,7 @@ class Distill(Optimization):
         made, config = artifact.manifest.facts, AutoConfig.from_pretrained(artifact.folder)
         total, teachers = parameters_of(config), parameters_of(original_config(session, self.name))
         later = [a for a in session.artifacts.values() if a.spec.base == artifact.spec.key and a.spec.checkpoint]
-        live = len(session.model.base_model.layers) if hasattr(session.model.base_model, "layers") else None
+        live = _layers(session.model)
         same = bool(later) or live == config.num_hidden_layers
         facts = {
             "layers": live, "parameters": total, "parameters_teacher": teachers, "steps": made["steps"],
@@ -194,10 +195,19 @@ def _loss(student: Any, teacher: Any, ids: torch.Tensor, temperature: float, alp
     return alpha * temperature**2 * apart + (1 - alpha) * cross_entropy(ours, ids[:, 1:].flatten())
 
 
+def _layers(model: Any) -> int | None:
+    """Layers of the live model, None where its architecture names them otherwise."""
+    if isinstance(model, RuntimeModel):
+        return model.sizes().get("num_hidden_layers")
+    return len(model.base_model.layers) if hasattr(model.base_model, "layers") else None
+
+
 def _holds(session: Session, folder: Path) -> bool | str:
     """Whether a weight of the live model is that of the checkpoint in `folder`, where it is still a plain tensor."""
     from safetensors import safe_open
 
+    if isinstance(session.model, RuntimeModel):
+        return f"not compared: held by {session.model.runtime}"
     name = "model.norm.weight"
     parameters = dict(session.model.named_parameters())
     if name not in parameters:

@@ -14,7 +14,17 @@ from tasks.calibration import calibration_windows, text_content
 from tasks.models.identity import config_of, model_type
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.optimizations._checkpoint import original_config, parameters_of, published_dtype
-from tasks.optimizations._pruning import IMPORTANCE, WHAT, Sizes, blocks_of, prune, pruned_sizes, sizes_of
+from tasks.optimizations._pruning import (
+    IMPORTANCE,
+    IN_CONFIG,
+    WHAT,
+    Sizes,
+    blocks_of,
+    live_sizes,
+    prune,
+    pruned_sizes,
+    sizes_of,
+)
 from tasks.stacks import option
 
 if TYPE_CHECKING:
@@ -95,17 +105,8 @@ class Prune(Optimization):
         expected = pruned_sizes(
             sizes_of(original), str(option(technique, "what")), float(str(option(technique, "ratio")))
         )
-        model, head = session.model, getattr(session.model.config, "head_dim", None)
-        head = head or original.hidden_size // original.num_attention_heads
-        group = original.num_attention_heads // original.num_key_value_heads
-        layers = model.base_model.layers
-        # of the two that no other technique joins with its neighbours
-        found = {
-            "mlp": sorted({block.mlp.down_proj.in_features for block in layers}),
-            "heads": sorted({block.self_attn.o_proj.in_features / (head * group) for block in layers}),
-            "layers": [len(layers)],
-        }
-        total, unpruned = count_parameters(model)[0], parameters_of(original)
+        found = live_sizes(session.model)
+        total, unpruned = count_parameters(session.model)[0], parameters_of(original)
         ok = found == {name: [size] for name, size in vars(expected).items()} and total < unpruned
         facts = {"expected": vars(expected), "found": found, "parameters": total, "parameters_unpruned": unpruned}
         return Evidence(ok=ok, facts=facts)
@@ -118,8 +119,8 @@ def _refused(cell: Cell, technique: Technique) -> str | None:
         return f"a ratio between 0 and 1 is needed, got {ratio:g}"
     try:
         config = config_of(cell.model) or {}
-        names = {"mlp": "intermediate_size", "heads": "num_key_value_heads", "layers": "num_hidden_layers"}
-        pruned_sizes(Sizes(**{key: config[name] for key, name in names.items()}), str(option(technique, "what")), ratio)
+        before = Sizes(**{key: config[name] for key, name in IN_CONFIG.items()})
+        pruned_sizes(before, str(option(technique, "what")), ratio)
     except Unsupported as refusal:
         return str(refusal)
     except (OSError, ValueError, KeyError, TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.runtime import RuntimeModel, RuntimeState
 from tasks.workloads._decode_steps import CachedStep, Chooser, TokenStep
 
 if TYPE_CHECKING:
@@ -12,8 +13,12 @@ if TYPE_CHECKING:
 _HELD = ("keys", "values")  # ends of the names under which transformers' layers keep them, quantized or not
 
 
-def growing_cache(session: Session, choose: Chooser, _positions: int) -> TokenStep:
-    """transformers' default: grown by concatenation, made anew for every request."""
+def growing_cache(session: Session, choose: Chooser, positions: int) -> TokenStep:
+    """transformers' default: grown by concatenation, made anew for every request. Other runtimes have their own."""
+    model = session.model
+    if isinstance(model, RuntimeModel):
+        batch = int(session.job.cell.workload["batch_size"])
+        return CachedStep(session, choose, make=lambda: model.new_state(batch, positions), fixed=True)
     from transformers import DynamicCache
 
     return CachedStep(session, choose, make=lambda: DynamicCache(config=session.model.config), fixed=False)
@@ -21,6 +26,8 @@ def growing_cache(session: Session, choose: Chooser, _positions: int) -> TokenSt
 
 def stored_bytes(cache: Any) -> dict[str, int]:
     """Device type -> bytes of the keys and values of a cache; quantized parts, scales and residuals included."""
+    if isinstance(cache, RuntimeState):
+        return cache.stored_bytes()
     layers = cache.layers if cache is not None else ()
     return bytes_of([value for layer in layers for name, value in vars(layer).items() if name.endswith(_HELD)])
 
