@@ -22,20 +22,23 @@ if TYPE_CHECKING:
 
 SPINNING = "session.intra_op.allow_spinning"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
-ONE_HEAD, SIZES = 1, 4  # axes of the cache's tensors
 
 
 class OnnxState(RuntimeState):
     """Keys and values, (batch, heads, length, size) each, as prefixes of flat buffers."""
 
     def __init__(self, batch: int, positions: int, shape: tuple[int, int, int], device: torch.device) -> None:
-        import torch
-
         layers, self.heads, self.size = shape
         self.batch, self.length = batch, 0
-        room = max(1, batch * self.heads * positions * self.size)
-        self._positions, self._front = positions, 0
-        self._buffers = [[torch.empty(room, device=device) for _ in range(2 * layers)] for _ in range(2)]
+        self._positions, self._device, self._tensors = positions, device, 2 * layers
+        self._front = 0
+        self._buffers: list[list[torch.Tensor] | None] = [None, None]  # made when first written
+        self._nothing = self._made(1)
+
+    def _made(self, room: int) -> list[torch.Tensor]:
+        import torch
+
+        return [torch.empty(room, device=self._device) for _ in range(self._tensors)]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -45,21 +48,24 @@ class OnnxState(RuntimeState):
 
     def stored_bytes(self) -> dict[str, int]:
         """Of the keys and values themselves; a second set of buffers of the same size lies beside them."""
-        tensors = self._buffers[self._front]
-        used = self.batch * self.heads * self.length * self.size * tensors[0].element_size()
-        return {tensors[0].device.type: used * len(tensors)}
+        element = self._nothing[0].element_size()
+        return {self._device.type: self.batch * self.heads * self.length * self.size * element * self._tensors}
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
         return (self.batch, self.heads, length, self.size)
 
     def past(self) -> list[torch.Tensor]:
-        return self._buffers[self._front]
+        return (self._buffers[self._front] if self.length else None) or self._nothing
 
     def present(self, new: int) -> list[torch.Tensor]:
-        """Where `new` more positions go; raises `ValueError` beyond what there is room for."""
+        """Where keys and values of these and `new` more positions go; raises `ValueError` where there is no room."""
         if self.length + new > self._positions:
             raise ValueError(f"a cache for {self._positions} positions was asked to hold {self.length + new}")
-        return self._buffers[1 - self._front]
+        found = self._buffers[1 - self._front]
+        if found is None:
+            found = self._made(self.batch * self.heads * self._positions * self.size)
+            self._buffers[1 - self._front] = found
+        return found
 
     def advance(self, new: int) -> None:
         self.length, self._front = self.length + new, 1 - self._front
@@ -185,7 +191,7 @@ class OnnxModel(RuntimeModel):
         blocks = [linear for linear in self.graph.linears if not linear.head]
         if not past or len(blocks) != 7 * (layers := len(past) // 2):
             return {}  # not of Llama's type
-        heads, size = past["past.0.key"][ONE_HEAD], past["past.0.key"][3]
+        heads, size = past["past.0.key"][1], past["past.0.key"][3]
         # in the order in which a block computes: queries, keys, values, output, gate, up, down
         output, down = blocks[3], blocks[6]
         return {
