@@ -21,7 +21,7 @@ INLINE_BYTES = 2**26  # larger weights lie beside the graph, mapped by the runti
 BATCH, PAST, NEW = 2, 5, 7  # of the example that is traced: none is 0 or 1, which torch.export would take for constants
 
 
-def export_graph(model: Any, folder: Path, *, vision: bool, inline_bytes: int = INLINE_BYTES) -> dict[str, Any]:
+def export_graph(model: Any, folder: Path, *, vision: bool) -> dict[str, Any]:
     """Write `model.onnx` into `folder`, with `model.onnx.data` beside it where the weights are large; facts.
 
     `model` is a transformers model in fp32 on the CPU, a causal language model with written-out attention. Raises
@@ -30,7 +30,7 @@ def export_graph(model: Any, folder: Path, *, vision: bool, inline_bytes: int = 
     import torch
 
     module, arguments, shapes, names = _vision(model) if vision else _language(model)
-    large = sum(parameter.nbytes for parameter in model.parameters()) > inline_bytes
+    large = sum(parameter.nbytes for parameter in model.parameters()) > INLINE_BYTES
     with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             module.eval(), arguments, dynamo=True, dynamic_shapes=shapes, input_names=names[0], output_names=names[1],
@@ -123,14 +123,11 @@ def _cached_module(model: Any) -> Any:
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """The exporter and its libraries speak of their own deprecations and of operators that nobody uses here."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)
