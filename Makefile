@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# what has no wheel of its own is built once and kept for every checkout on this machine
+WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/benchmatrix/wheels
 
 .PHONY: demo test test-slow test-backends test-gpu lint clean
 
@@ -34,8 +36,17 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv/backends: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quality,train,kvquant,cluster,ao]'
+.venv/backends: .venv/installed $(WHEELS)/llama-cpp
+	$(BIN)/pip install --quiet --constraint constraints.txt --find-links $(WHEELS) \
+		--editable '.[dev,quality,train,kvquant,cluster,ao,gguf,onnx]'
+	touch $@
+
+# 8 CPU-minutes, with gcc, g++ and make; pip brings cmake and ninja. Not for this very processor: such a build is killed
+# on machines that report AMX and have it not. pip's own cache is left out, which does not know how a wheel was built;
+# a wheel of the pinned version that lies in the folder is taken as it is.
+$(WHEELS)/llama-cpp: constraints.txt | .venv/installed
+	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' $(BIN)/pip wheel --quiet --no-deps --no-cache-dir \
+		--constraint constraints.txt --find-links $(WHEELS) --wheel-dir $(WHEELS) llama-cpp-python
 	touch $@
 
 clean:

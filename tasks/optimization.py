@@ -67,8 +67,8 @@ class Needs:
     """Conditions that can be decided at planning time. Empty tuples mean no restriction.
 
     `compute_capability` is the least `(major, minor)` on CUDA. `packages` are distribution names; `extra` is the
-    project's extra that installs them. Some options need `optional_packages`: the technique
-    says which.
+    project's extra that installs them, with `variables` before the command where it has to be built. Some options need
+    `optional_packages`: the technique says which.
     """
 
     devices: tuple[DeviceKind, ...] = ()
@@ -76,6 +76,7 @@ class Needs:
     packages: tuple[str, ...] = ()
     optional_packages: tuple[str, ...] = ()
     extra: str | None = None
+    variables: str = ""
     workloads: tuple[str, ...] = ()
     model_kinds: tuple[str, ...] = ()
 
@@ -191,5 +192,6 @@ def _unmet(name: str, needs: Needs, cell: Cell, device: DeviceInfo) -> str | Non
     missing = [package for package in needs.packages if package not in device.packages]
     if missing:
         how = f"pip install '.[{needs.extra}]'" if needs.extra else f"pip install {' '.join(missing)}"
+        how = f"{needs.variables} {how}".lstrip()
         return f"{name} needs {', '.join(missing)}, which {device.tag} lacks: {how}"
     return None

@@ -1,0 +1,188 @@
+"""GGUF in llama.cpp: types by arithmetic and as stored, the same model as in torch, and evidence that cannot lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.cell import ModelSpec
+from tasks.metric import Missing
+from tasks.models.gguf_file import StoredTensor
+from tasks.models.identity import random_config
+from tasks.optimization import Evidence, Unsupported
+from tasks.optimizations._gguf_types import BLOCKS, MIXTURES, bits_of, expected_types, is_matrix, stored_bytes
+from tasks.registry import optimizations
+from tasks.row import Row
+from tasks.session import Session
+from tasks.stacks import parse_stack, unsupported
+
+backends = pytest.mark.backends
+
+
+def layout(
+    layers: int, hidden: int, mlp: int, keys: int, vocabulary: int, *, tied: bool = False, type_name: str = "F16"
+) -> list[StoredTensor]:
+    """The tensors of a Llama file, all of one type."""
+    shapes = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (1, hidden)}
+    if not tied:
+        shapes["output.weight"] = (vocabulary, hidden)
+    for block in (f"blk.{number}." for number in range(layers)):
+        shapes |= {f"{block}attn_norm.weight": (1, hidden), f"{block}ffn_norm.weight": (1, hidden)}
+        shapes |= {f"{block}{name}.weight": (hidden, hidden) for name in ("attn_q", "attn_output")}
+        shapes |= {f"{block}{name}.weight": (keys, hidden) for name in ("attn_k", "attn_v")}
+        shapes |= {f"{block}{name}.weight": (mlp, hidden) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"{block}ffn_down.weight"] = (hidden, mlp)
+    return [
+        StoredTensor(name=name, type=type_name, rows=rows, columns=columns, bytes=0)
+        for name, (rows, columns) in shapes.items()
+    ]
+
+
+class TestArithmetic:
+    @pytest.mark.parametrize(
+        ("type_name", "bits"),
+        [("F16", 16), ("Q8_0", 8.5), ("Q6_K", 6.5625), ("Q5_K", 5.5), ("Q4_K", 4.5), ("Q4_0", 4.5), ("Q3_K", 3.4375),
+         ("Q2_K", 2.625)],
+    )  # fmt: skip
+    def test_bits_of_a_block(self, type_name: str, bits: float) -> None:
+        assert bits_of(type_name) == bits
+
+    @pytest.mark.parametrize(
+        ("mixture", "gigabytes"),
+        [("Q8_0", 8.54), ("Q6_K", 6.60), ("Q5_K_M", 5.73), ("Q5_K_S", 5.60), ("Q4_K_M", 4.92), ("Q4_K_S", 4.69),
+         ("Q4_0", 4.66), ("Q3_K_M", 4.02), ("Q3_K_S", 3.66), ("Q2_K", 3.18), ("F16", 16.07)],
+    )  # fmt: skip
+    def test_llama_8b_has_the_size_of_the_published_files(self, mixture: str, gigabytes: float) -> None:
+        """Sizes of the files of Llama 3.1 8B that are offered for download: 7.8 MB are tokenizer."""
+        tensors = layout(32, 4096, 14336, 1024, 128256)
+        types = expected_types(MIXTURES[mixture], tensors, group=4)
+        total = sum(stored_bytes(types[t.name][1], t) if is_matrix(t) else 4 * t.elements for t in tensors)
+        assert (total + 7.8e6) / 1e9 == pytest.approx(gigabytes, rel=0.004)
+
+    def test_rows_that_blocks_do_not_divide_get_another_type(self) -> None:
+        types = expected_types(MIXTURES["Q4_K_M"], layout(8, 256, 704, 128, 512, tied=True))
+        assert types["blk.0.ffn_up.weight"] == ("Q4_K", "Q4_K"), "its rows are 256 long"
+        assert types["blk.0.ffn_down.weight"] == ("Q6_K", "Q8_0")
+        assert types["blk.1.ffn_down.weight"] == ("Q4_K", "Q5_0")
+        assert types["token_embd.weight"] == ("Q6_K", "Q6_K"), "tied: it is the head"
+        odd = expected_types(MIXTURES["Q4_K_M"], layout(2, 72, 144, 36, 512, tied=True))
+        assert {found for _, found in odd.values()} == {"F16"}
+
+    @backends
+    def test_blocks_are_the_librarys(self) -> None:
+        import gguf
+
+        sizes = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        assert {name: sizes[name] for name in BLOCKS} == BLOCKS
+
+    @backends
+    def test_codes_are_the_librarys(self) -> None:
+        import gguf
+
+        for name, mixture in MIXTURES.items():
+            known = gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"]
+            assert known.value == mixture.code
+
+
+class TestRefusals:
+    @pytest.fixture
+    def refusal(self, bench: Any) -> Callable[..., str]:
+        packages = {**bench.device().packages, "gguf": "0.19.0", "llama-cpp-python": "0.3.36"}
+
+        def of(stack: str = "gguf", model: ModelSpec | None = None, kind: str = "prefill", **device: Any) -> str:
+            reason = unsupported(bench.cell(kind, stack, model), bench.device(packages=packages, **device))
+            assert reason is None or len(reason) < 200
+            return reason or ""
+
+        return of
+
+    def changed(self, bench: Any, name: str, **changes: Any) -> ModelSpec:
+        config = {**random_config(bench.language.reference), **changes}
+        model: ModelSpec = bench.random_model(name, config, "language")
+        return model
+
+    @pytest.mark.parametrize("stack", ["gguf", "gguf:type=Q8_0", "fp32+gguf", "prune+gguf", "distill+gguf"])
+    def test_what_works(self, refusal: Callable[..., str], bench: Any, stack: str) -> None:
+        assert refusal(stack, bench.POCKET) == ""
+        assert refusal("gguf+sync-check", kind="decode") == ""
+
+    @pytest.mark.parametrize("other", ["bf16", "fp16", "eager", "compile"])
+    def test_what_changes_a_torch_model(self, refusal: Callable[..., str], other: str) -> None:
+        assert f"gguf runs the model in llama.cpp: no {other}" in refusal(f"{other}+gguf")
+
+    def test_caches_of_torch(self, refusal: Callable[..., str]) -> None:
+        assert "no static-cache" in refusal("gguf+static-cache", kind="decode")
+
+    def test_models(self, refusal: Callable[..., str], bench: Any) -> None:
+        assert "llama, mistral, qwen2, gpt2" in refusal(model=self.changed(bench, "neox", model_type="gpt_neox"))
+        assert "sliding" in refusal(
+            model=self.changed(bench, "mistral", model_type="mistral", sliding_window=64, max_position_embeddings=512)
+        )
+        yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+        assert "yarn" in refusal(model=self.changed(bench, "yarn", rope_parameters=yarn))
+        assert "gelu" in refusal(model=self.changed(bench, "gelu", hidden_act="gelu"))
+
+    def test_the_command_that_builds_it(self, bench: Any) -> None:
+        reason = unsupported(bench.cell("prefill", "gguf"), bench.device(packages={}))
+        assert reason is not None
+        assert "CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' pip install '.[gguf]'" in reason
+
+
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama-wide-heads": {"head_dim": 32, "intermediate_size": 96},
+    "llama-rope3": {"rope_parameters": ROPE},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 256,
+             "initializer_range": 0.2, "dtype": "float32", "bos_token_id": 0, "eos_token_id": 0},
+}  # fmt: skip
+
+
+def proof(session: Session, stack: str = "gguf") -> Evidence:
+    chosen = next(technique for technique in parse_stack(stack).techniques if technique.name == "gguf")
+    return optimizations()["gguf"].evidence(chosen, session)
+
+
+@backends
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_same_logits_and_tokens_as_torch(bench: Any, name: str) -> None:
+    """F32 in a file, F32 in the cache: prompts in a batch, then token after token."""
+    import torch
+
+    base = {} if name == "gpt2" else random_config(bench.language.reference)
+    model = bench.random_model(f"gguf-{name}", {**base, **ARCHITECTURES[name]}, "language")
+    stack = "gguf:type=F32"
+    prefill = bench.cell("prefill", stack, model, batch_size=3, sequence_length=200)
+    with bench.live(bench.job(replace(prefill, stack=parse_stack("fp32+eager")))) as session:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter_name, parameter in session.model.named_parameters():
+                if parameter_name.endswith("bias"):  # zero at first, which proves nothing
+                    pass
+        theirs = session.model(input_ids=session.step._inputs[0], use_cache=False).logits
+        total = sum(p.numel() for p in session.model.parameters())
+    with bench.live(bench.job(prefill)) as session:
+        assert session.step.problems() == []
+        ours = session.model(input_ids=session.step._inputs[0], use_cache=False).logits
+        # gelu is a table of fp16 in llama.cpp
+        assert float((ours - theirs).norm() / theirs.norm()) < (2e-3 if name == "gpt2" else 1e-5)
+        assert session.step.logits[:, -1].allclose(ours[:, -1], rtol=1e-3, atol=1e-4)
+        assert session.model.weights.parameters == total
+        evidence = proof(session, stack)
+        assert evidence.ok, evidence.facts
+    decode = bench.cell("decode", stack, model, batch_size=2, prompt_tokens=20, new_tokens=12)
+    with bench.live(bench.job(replace(decode, stack=parse_stack("fp32+eager")))) as session:
+        expected = session.step.tokens.clone()
+    with bench.live(bench.job(decode)) as session:
+        assert session.step.tokens.equal(expected)
