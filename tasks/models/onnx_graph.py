@@ -15,9 +15,10 @@ _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "i
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A product with a weight of shape (inputs, outputs). `bytes` holds its scales and zero points; `head` makes logits.
+    """A product with a weight of shape (inputs, outputs).
 
-    `group` is how many weights of a packed one share a scale, 0 for others.
+    `bytes` holds its scales and zero points too; `head` makes logits; `group` is how many weights of a packed one share
+    a scale, 0 for others.
     """
 
     operator: str
@@ -109,7 +110,7 @@ def _embedding_bytes(graph: Any, held: dict[str, Any]) -> float:
     users: Counter[str] = Counter(name for node in graph.node for name in node.input)
     gathered = {node.input[0] for node in graph.node if node.op_type == "Gather" and users[node.input[0]] == 1}
     tables = [held[name] for name in gathered if name in held and len(held[name].dims) == 2]
-    return sum(math.prod(table.dims) * _BITS.get(_dtype(table), 0) / 8 for table in tables)
+    return float(sum(math.prod(table.dims) * _BITS.get(_dtype(table), 0) / 8 for table in tables))
 
 
 def _attribute(node: Any, name: str, default: int) -> int:
@@ -120,5 +121,5 @@ def _dtype(tensor: Any) -> str:
     """Its name as torch and numpy have it."""
     import onnx
 
-    name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    name = str(onnx.TensorProto.DataType.Name(tensor.data_type)).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)

@@ -72,7 +72,7 @@ class OnnxState(RuntimeState):
 
 
 class OnnxModel(RuntimeModel):
-    """`session` is an `onnxruntime.InferenceSession` of the graph in `path`; `parameters` those of the exported model."""
+    """`session` is an `onnxruntime.InferenceSession` of the graph in `path`, exported from so many `parameters`."""
 
     runtime = "onnxruntime"
 

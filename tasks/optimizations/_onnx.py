@@ -88,7 +88,8 @@ class OnnxRuntime(Optimization):
         save_description(loaded, folder)
         made |= {"parameters": count_parameters(model)[0], "relative_error": _compared(model, folder / GRAPH, vision)}
         onnx.checker.check_model(str(folder / GRAPH))
-        session.loaded = loaded = model = None  # compression needs the room
+        session.loaded = None  # compression needs the room
+        del loaded, model
         if self.operator != "MatMul":
             self._compress(technique, folder)
         graph = read_graph(folder / GRAPH)

@@ -330,5 +330,8 @@ class TestRefusal:
     def test_windows_of_attention(self, bench: Any) -> None:
         config = {**random_config(bench.language.reference), "model_type": "mistral", "sliding_window": 16}
         model = bench.random_model("windowed", config, "language")
-        with pytest.raises(Unsupported, match="full attention"), bench.live(bench.job(bench.cell("prefill", "onnx", model))):
+        with (
+            pytest.raises(Unsupported, match="full attention"),
+            bench.live(bench.job(bench.cell("prefill", "onnx", model))),
+        ):
             pass
