@@ -77,6 +77,7 @@ class OnnxModel(RuntimeModel):
     runtime = "onnxruntime"
 
     def __init__(self, session: Any, path: Path, config: Any, device: torch.device, parameters: int) -> None:
+        import numpy
         import torch
 
         self.session, self.path, self.config, self.device = session, path, config, device
@@ -87,6 +88,7 @@ class OnnxModel(RuntimeModel):
             self._cache = cache_shape(config)
             self._past, self._present = (cache_names(self._cache[0], name) for name in ("past", "present"))
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
+        self._types = {torch.int64: numpy.int64, torch.float32: numpy.float32}
         self._binding = session.io_binding()
 
     def forward(
@@ -152,11 +154,7 @@ class OnnxModel(RuntimeModel):
         self._binding.bind_output(*self._place(name, tensor, shape))
 
     def _place(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
-        import numpy
-        import torch
-
-        dtype = {torch.int64: numpy.int64, torch.float32: numpy.float32}[tensor.dtype]
-        return (name, self.device.type, self.device.index or 0, dtype, shape, tensor.data_ptr())
+        return (name, self.device.type, self.device.index or 0, self._types[tensor.dtype], shape, tensor.data_ptr())
 
     def _run(self) -> None:
         """The session has a stream of its own: torch's work ends before it begins, and it ends before this returns."""
