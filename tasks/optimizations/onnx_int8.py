@@ -1,5 +1,6 @@
 """8-bit weights with one scale per column, activations quantized at every product: ONNX Runtime's dynamic int8.
 
+All activations of a product share one scale, outliers included, which costs more than the weights' rounding does.
 On CPUs without VNNI ONNX Runtime's kernels saturate sums of two products at 16 bits: quality there is the machine's.
 """
 
