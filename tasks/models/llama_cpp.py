@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 BATCH = 512
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-CACHE_BYTES = {"F32": 4, "F16": 2}
+_F32 = 0  # ggml_type
+
+_DEBUG = 1  # ggml_log_level
 
 _lines: deque[str] = deque(maxlen=400)  # what the library says, instead of printing it
 _backend: list[Any] = []  # the callback must live as long as the library
@@ -40,8 +42,9 @@ def library() -> Any:
     if not _backend:
 
         @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-        def keep(_level: int, text: bytes, _data: Any) -> None:
-            _lines.append(text.decode(errors="replace").rstrip())
+        def keep(level: int, text: bytes, _data: Any) -> None:
+            if level != _DEBUG:
+                _lines.append(text.decode(errors="replace").rstrip())
 
         _backend.append(keep)
         llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
@@ -72,15 +75,19 @@ def quantize(source: Path, target: Path, code: int, threads: int) -> None:
 
 
 class LlamaCpp(RuntimeModel):
-    """A GGUF file in memory. `cache_type` is the type of keys and values, F16 or F32; `threads` are those of a step."""
+    """A GGUF file in memory, with `threads` for a step.
+
+    Keys and values are F16 and attention is llama.cpp's fused kernel, which rounds to F16 inside, as it chooses by
+    default; with `exact` they are F32 and attention is written out.
+    """
 
     runtime = "llama.cpp"
 
-    def __init__(self, file: Path, config: Any, *, threads: int, cache_type: str = "F16") -> None:
+    def __init__(self, file: Path, config: Any, *, threads: int, exact: bool = False) -> None:
         import torch
 
-        lib = library()
-        self.file, self.config, self.threads, self.cache_type = file, config, threads, cache_type
+        lib = self._lib = library()  # kept: nothing can be imported when the process ends
+        self.file, self.config, self.threads, self.exact = file, config, threads, exact
         self.device, self.dtype = torch.device("cpu"), torch.float32
         parameters = lib.llama_model_default_params()
         parameters.load_mode, parameters.n_gpu_layers = lib.LLAMA_LOAD_MODE_NONE, 0
@@ -93,7 +100,7 @@ class LlamaCpp(RuntimeModel):
     def __del__(self) -> None:
         self._alone = None
         if getattr(self, "handle", None):
-            library().llama_model_free(self.handle)
+            self._lib.llama_model_free(self.handle)
             self.handle = None
 
     def forward(
@@ -134,7 +141,7 @@ class LlamaCpp(RuntimeModel):
     @property
     def weights(self) -> StoredWeights:
         """Totals from the loaded model, types from its file."""
-        lib = library()
+        lib = self._lib
         elements: Counter[str] = Counter()
         for tensor in self.tensors:
             if tensor.name != ROPE_FACTORS:
@@ -149,7 +156,7 @@ class LlamaCpp(RuntimeModel):
         )
 
     def sizes(self) -> dict[str, int]:
-        lib, architecture = library(), self.metadata("general.architecture")
+        lib, architecture = self._lib, self.metadata("general.architecture")
         return {
             "num_hidden_layers": int(lib.llama_model_n_layer(self.handle)),
             "hidden_size": int(lib.llama_model_n_embd(self.handle)),
@@ -161,7 +168,7 @@ class LlamaCpp(RuntimeModel):
     def metadata(self, key: str) -> str | None:
         """A value of the loaded model's metadata as text, None where it has none."""
         value = ctypes.create_string_buffer(512)
-        found = library().llama_model_meta_val_str(self.handle, key.encode(), value, len(value))
+        found = self._lib.llama_model_meta_val_str(self.handle, key.encode(), value, len(value))
         return value.value.decode() if found >= 0 else None
 
     def head_size(self) -> int:
@@ -175,13 +182,15 @@ class LlamaCppState(RuntimeState):
     """A context of llama.cpp with room for `positions` of each of `batch` sequences."""
 
     def __init__(self, model: LlamaCpp, batch: int, positions: int) -> None:
-        lib = library()
+        lib = self._lib = library()
         self.model, self.batch, self.positions, self._length = model, batch, positions, 0
         parameters = lib.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = batch * (-(-positions // 256) * 256), batch
         parameters.n_batch = parameters.n_ubatch = max(BATCH, batch)
         parameters.n_threads = parameters.n_threads_batch = model.threads
-        parameters.type_k = parameters.type_v = {"F32": 0, "F16": 1}[model.cache_type]  # ggml_type
+        if model.exact:
+            parameters.type_k = parameters.type_v = _F32
+            parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified, parameters.offload_kqv, parameters.no_perf = False, False, True
         self._at_once = int(parameters.n_batch)
         self.handle = lib.llama_init_from_model(model.handle, parameters)
@@ -191,26 +200,26 @@ class LlamaCppState(RuntimeState):
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            library().llama_free(self.handle)
+            self._lib.llama_free(self.handle)
             self.handle = None
 
     def get_seq_length(self) -> int:
         return self._length
 
     def reset(self) -> None:
-        library().llama_memory_clear(self._memory, False)
+        self._lib.llama_memory_clear(self._memory, False)
         self._length = 0
 
     def stored_bytes(self) -> dict[str, int]:
         """As allocated for all positions; by arithmetic, of sizes read back from the context and the model."""
-        lib, sizes = library(), self.model.sizes()
+        lib, sizes = self._lib, self.model.sizes()
         positions = int(lib.llama_n_ctx_seq(self.handle)) * int(lib.llama_n_seq_max(self.handle))
         numbers = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * self.model.head_size()
-        return {"cpu": positions * numbers * CACHE_BYTES[self.model.cache_type]}
+        return {"cpu": positions * numbers * (4 if self.model.exact else 2)}
 
     def threads(self) -> tuple[int, int]:
         """Threads of a step of one token and of a prompt, as the context has them."""
-        lib = library()
+        lib = self._lib
         return int(lib.llama_n_threads(self.handle)), int(lib.llama_n_threads_batch(self.handle))
 
     def append(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
@@ -238,7 +247,7 @@ class LlamaCppState(RuntimeState):
         import numpy
         import torch
 
-        lib, count = library(), len(tokens)
+        lib, count = self._lib, len(tokens)
         ones, outputs = numpy.ones(count, dtype=numpy.int32), wanted.astype(numpy.int8)
         # one pointer for each token, to the sequence that it belongs to
         pointers = sequences.ctypes.data + sequences.itemsize * numpy.arange(count, dtype=numpy.uintp)

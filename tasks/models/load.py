@@ -141,7 +141,7 @@ class _linears_on_meta:
 
 
 def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = checkpoint_folder(spec)
     if folder is not None:
@@ -160,11 +160,19 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
         keywords["quantization_config"] = options.quantization
     keywords.pop("linear_factory", None)
     model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+    return LoadedModel(model=model, weights="trained", config=config, tokenizer=_tokenizer(where, common))
+
+
+def _tokenizer(where: str, common: dict[str, Any]) -> Any | None:
+    """The checkpoint's own; vision models and bare checkpoints have none."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
     except (OSError, ValueError):
-        tokenizer = None  # vision models and bare checkpoints have none
-    return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer)
+        return None
+    # of some model types a folder without a vocabulary gives a tokenizer that turns any text into nothing
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:

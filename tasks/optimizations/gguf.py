@@ -1,8 +1,9 @@
 """GGUF in llama.cpp on the CPU: the checkpoint becomes a file in one of its types and runs in that runtime.
 
-The file is written by us (`tasks.models.gguf_file`) and quantized by llama.cpp, without an importance matrix. Keys and
-values are kept as llama.cpp does by default, in F16 (in F32 beside weights in F32); products of quantized weights take
-activations in 8 bits. Weights are loaded into memory, not mapped.
+The file is written by us (`tasks.models.gguf_file`) and quantized by llama.cpp, without an importance matrix. Weights
+are loaded into memory, not mapped. Products of quantized weights take activations in 8 bits, and those of F16 weights
+in F16; keys and values are F16 and attention is fused, both as llama.cpp does by default. With the type F32 everything
+is computed in fp32.
 """
 
 from __future__ import annotations
@@ -93,10 +94,8 @@ class Gguf(Optimization):
 
         from tasks.models.llama_cpp import LlamaCpp
 
-        cache_type = "F32" if option(technique, "type") == "F32" else "F16"
-        model = LlamaCpp(
-            folder / FILE, read_config(folder), threads=torch.get_num_threads(), cache_type=cache_type
-        )  # fmt: skip
+        exact = option(technique, "type") == "F32"
+        model = LlamaCpp(folder / FILE, read_config(folder), threads=torch.get_num_threads(), exact=exact)
         return described(model, session)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
@@ -164,5 +163,5 @@ def _running(model: LlamaCpp, session: Session) -> dict[str, Any]:
         "threads": threads, "threads_as_set": threads == [torch.get_num_threads()],
         "system": " ".join(library().llama_print_system_info().decode().split()),
         "buffers": [line.partition(":")[2].strip() for line in messages() if "model buffer size" in line],
-        "mapped": False, "cache_type": model.cache_type, "importance_matrix": False,
+        "mapped": False, "exact_attention": model.exact, "importance_matrix": False,
     }  # fmt: skip

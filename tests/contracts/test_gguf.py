@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.cell import ModelSpec
-from tasks.metric import Missing
 from tasks.models.gguf_file import StoredTensor
 from tasks.models.identity import random_config
-from tasks.optimization import Evidence, Unsupported
+from tasks.optimization import Evidence
 from tasks.optimizations._gguf_types import BLOCKS, MIXTURES, bits_of, expected_types, is_matrix, stored_bytes
 from tasks.registry import optimizations
-from tasks.row import Row
 from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 
@@ -154,35 +149,49 @@ def proof(session: Session, stack: str = "gguf") -> Evidence:
     return optimizations()["gguf"].evidence(chosen, session)
 
 
+@pytest.fixture(scope="module")
+def brought(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSpec]:
+    """Tiny checkpoints on the disk whose weights are all random, biases and norms too: a bias of 0 proves nothing."""
+
+    def of(name: str, **changes: Any) -> ModelSpec:
+        import torch
+
+        from tasks.models.load import build_random, hf_config
+
+        config = ARCHITECTURES[name]
+        config = {**({} if name == "gpt2" else random_config(bench.language.reference)), **config, **changes}
+        folder = tmp_path_factory.mktemp(name)
+        model = build_random(hf_config(config), torch.float32, torch.device("cpu"), None)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        return ModelSpec(id=name, source="path", reference=str(folder), kind="language")
+
+    return of
+
+
 @backends
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_same_logits_and_tokens_as_torch(bench: Any, name: str) -> None:
+def test_same_logits_and_tokens_as_torch(bench: Any, brought: Callable[[str], ModelSpec], name: str) -> None:
     """F32 in a file, F32 in the cache: prompts in a batch, then token after token."""
-    import torch
-
-    base = {} if name == "gpt2" else random_config(bench.language.reference)
-    model = bench.random_model(f"gguf-{name}", {**base, **ARCHITECTURES[name]}, "language")
-    stack = "gguf:type=F32"
+    model, stack, reference = brought(name), "gguf:type=F32", parse_stack("fp32+eager")
     prefill = bench.cell("prefill", stack, model, batch_size=3, sequence_length=200)
-    with bench.live(bench.job(replace(prefill, stack=parse_stack("fp32+eager")))) as session:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter_name, parameter in session.model.named_parameters():
-                if parameter_name.endswith("bias"):  # zero at first, which proves nothing
-                    pass
+    decode = bench.cell("decode", stack, model, batch_size=2, prompt_tokens=20, new_tokens=12)
+    with bench.live(bench.job(replace(prefill, stack=reference))) as session:
         theirs = session.model(input_ids=session.step._inputs[0], use_cache=False).logits
-        total = sum(p.numel() for p in session.model.parameters())
+        total = sum(parameter.numel() for parameter in session.model.parameters())
+    with bench.live(bench.job(replace(decode, stack=reference))) as session:
+        expected = session.step.tokens.clone()
     with bench.live(bench.job(prefill)) as session:
         assert session.step.problems() == []
         ours = session.model(input_ids=session.step._inputs[0], use_cache=False).logits
-        # gelu is a table of fp16 in llama.cpp
+        # gelu is a table of fp16 numbers in llama.cpp
         assert float((ours - theirs).norm() / theirs.norm()) < (2e-3 if name == "gpt2" else 1e-5)
         assert session.step.logits[:, -1].allclose(ours[:, -1], rtol=1e-3, atol=1e-4)
         assert session.model.weights.parameters == total
         evidence = proof(session, stack)
         assert evidence.ok, evidence.facts
-    decode = bench.cell("decode", stack, model, batch_size=2, prompt_tokens=20, new_tokens=12)
-    with bench.live(bench.job(replace(decode, stack=parse_stack("fp32+eager")))) as session:
-        expected = session.step.tokens.clone()
     with bench.live(bench.job(decode)) as session:
         assert session.step.tokens.equal(expected)
