@@ -25,27 +25,6 @@ BLOCKS, HEAD, LAYERS = 5 * 786_432, 2048 * 256, 5  # pocket: linear weights of i
 PARAMETERS = 4_459_264
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exports of the same model are copies of the first: tracing takes most of the time, and is the same each time."""
-    import tasks.models.onnx_export as export
-
-    real, folder, known = export.export_graph, tmp_path_factory.mktemp("exported"), dict[str, tuple[Path, Any]]()
-
-    def once(model: Any, target: Path, *, vision: bool) -> dict[str, Any]:
-        key = f"{model.config.to_json_string()} {model.config.name_or_path} {export.INLINE_BYTES}"
-        if key not in known:
-            place = folder / str(len(known))
-            place.mkdir()
-            known[key] = place, real(model, place, vision=vision)
-        shutil.copytree(known[key][0], target, dirs_exist_ok=True)
-        return dict(known[key][1])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "export_graph", once)
-        yield
-
-
 def proof(name: str, session: Any) -> Evidence:
     (chosen,) = parse_stack(name).techniques
     return optimizations()[chosen.name].evidence(chosen, session)
