@@ -1,4 +1,4 @@
-"""ONNX Runtime on a machine with a card: its CUDA provider where it has one, else its CPU and a refusal that says so."""
+"""ONNX Runtime beside a card: its CUDA provider where it has one, else its CPU and a refusal that says so."""
 
 from __future__ import annotations
 
