@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -46,11 +47,9 @@ TINY_RESNET = {
 }
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
-PACKAGES = {
-    name: found
-    for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "gguf", "llama-cpp-python")
-    if (found := version(name))
-}
+_INSTALLABLE = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "gguf", "llama-cpp-python")
+_INSTALLABLE += ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = {name: found for name in _INSTALLABLE if (found := version(name))}
 INSTANT = "instant"  # a profile for passes inside the test process
 
 
@@ -218,6 +217,27 @@ def torch_settings() -> Iterator[None]:
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
     torch.set_num_threads(before[2])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """ONNX exports of the same model in this process are copies of the first: tracing it takes half a minute."""
+    import tasks.models.onnx_export as export
+
+    real, folder, known = export.export_graph, tmp_path_factory.mktemp("exported"), dict[str, tuple[Path, Any]]()
+
+    def once(model: Any, target: Path, *, vision: bool) -> dict[str, Any]:
+        key = f"{model.config.to_json_string()} {model.config.name_or_path} {export.INLINE_BYTES}"
+        if key not in known:
+            place = folder / str(len(known))
+            place.mkdir()
+            known[key] = place, real(model, place, vision=vision)
+        shutil.copytree(known[key][0], target, dirs_exist_ok=True)
+        return dict(known[key][1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export_graph", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.runtime import RuntimeModel
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,7 +53,10 @@ def images(session: Session, batch_size: int, size: int, channels: int = 3, coun
     import torch
 
     generator = torch.Generator(session.device).manual_seed(session.job.seed)
-    dtype = next((p.dtype for p in session.model.parameters() if p.is_floating_point()), torch.float32)
+    if isinstance(session.model, RuntimeModel):
+        dtype = session.model.dtype
+    else:
+        dtype = next((p.dtype for p in session.model.parameters() if p.is_floating_point()), torch.float32)
     shape = (batch_size, channels, size, size)
     return [torch.randn(shape, generator=generator, device=session.device).to(dtype) for _ in range(count)]
 
