@@ -35,7 +35,7 @@ lint: .venv/installed
 	touch $@
 
 .venv/backends: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quality,train,kvquant,cluster,ao]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quality,train,kvquant,cluster,ao,gptq]'
 	touch $@
 
 clean:

@@ -141,7 +141,7 @@ class _linears_on_meta:
 
 
 def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = checkpoint_folder(spec)
     if folder is not None:
@@ -160,11 +160,17 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
         keywords["quantization_config"] = options.quantization
     keywords.pop("linear_factory", None)
     model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+    return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer_of(where, **common))
+
+
+def tokenizer_of(where: str, **keywords: Any) -> Any:
+    """The tokenizer of a checkpoint; None where it has none, as vision models and bare checkpoints."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        return AutoTokenizer.from_pretrained(where, **keywords)
     except (OSError, ValueError):
-        tokenizer = None  # vision models and bare checkpoints have none
-    return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer)
+        return None
 
 
 def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
@@ -193,4 +199,14 @@ def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search
     return LoadedModel(model=model.eval(), weights=None, make_inputs=make_inputs, loss=loss)
 
 
-__all__ = ["POCKET", "LinearFactory", "LoadedModel", "auto_class", "build_random", "hf_config", "load", "torch_dtype"]
+__all__ = [
+    "POCKET",
+    "LinearFactory",
+    "LoadedModel",
+    "auto_class",
+    "build_random",
+    "hf_config",
+    "load",
+    "tokenizer_of",
+    "torch_dtype",
+]

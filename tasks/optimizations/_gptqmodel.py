@@ -1,0 +1,331 @@
+"""What gptq and awq share: planning, making the checkpoint with GPTQModel, loading it into a named kernel, the proof."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tasks.artifacts import ArtifactSpec, artifact_spec
+from tasks.calibration import text_content
+from tasks.models.identity import checkpoint_folder, config_of, model_type
+from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
+from tasks.optimizations import _gptq_kernels as kernels
+from tasks.optimizations._gptq_kernels import KERNELS, Kernel
+from tasks.optimizations._packed import Codes, round_to_nearest
+from tasks.optimizations._packed_checkpoint import Packing, load_packed, quantized_already, write_packed
+from tasks.stacks import option, precision_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.cell import Cell, Technique
+    from tasks.device import DeviceInfo
+    from tasks.job import CellJob
+    from tasks.models.load import LoadedModel
+    from tasks.session import Session
+
+ARITHMETIC = 0.03  # what storage may differ from the format's arithmetic
+RTN = "rtn"
+OPTIONS = {"bits": 4, "group_size": 128, "kernel": "auto", "samples": 128, "text": ""}
+GROUPS = (32, 64, 128)
+WIDTHS = ("hidden_size", "intermediate_size", "n_embd", "n_inner")
+
+
+class GptqModel(Optimization):
+    """`name` is the method too; `method=rtn` rounds to nearest into the same layout, without calibration.
+
+    A model that was published quantized is loaded as it is. Random weights that are only rounded are made layer by
+    layer in the measuring process, everything else is made once (`tasks.artifacts`).
+    """
+
+    family = "compression"
+    needs = Needs(
+        packages=("gptqmodel",),
+        optional_packages=("triton",),
+        extra="gptq",
+        model_kinds=("language",),
+        workloads=("prefill", "decode"),
+    )
+    bits: ClassVar[float] = 4.0  # for the predicted footprint
+    symmetric: ClassVar[bool]
+
+    def tensors(self, found: Codes, bits: int) -> dict[str, torch.Tensor]:
+        """The layout's tensors, by their names in a checkpoint."""
+        raise NotImplementedError
+
+    def quantization_config(self, bits: int, group: int) -> dict[str, Any]:
+        """What a checkpoint in this layout says in its configuration."""
+        raise NotImplementedError
+
+    def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
+        if reason := super().unsupported(cell, device):
+            return reason
+        technique = next((item for item in cell.stack.techniques if item.name == self.name), None)
+        if technique is None:
+            return None
+        published = quantized_already(cell.model)
+        if published is not None:
+            return self._unlike(published, technique, cell)
+        return self._no_kernel(technique, device) or self._unfit(technique, cell)
+
+    def content(self, technique: Technique, search_path: tuple[str, ...]) -> dict[str, str]:
+        return {} if _rounds(technique) else text_content(technique, search_path)
+
+    def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec | None:
+        model = job.cell.model
+        if quantized_already(model) or (_rounds(technique) and _made_in_place(job)):
+            return None
+        every_kernel = replace(technique, options=tuple(item for item in technique.options if item[0] != "kernel"))
+        return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"), version=1)
+
+    def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+        if _rounds(technique):
+            return self._round(technique, session, folder)
+        from tasks.optimizations._gptq_calibrate import calibrate
+
+        return calibrate(self.name, technique, session, folder)
+
+    def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
+        model, artifact = session.job.cell.model, session.artifacts.get(self.name)
+        packing = quantized_already(model) or self._packing(technique)
+        if artifact is None and not quantized_already(model):
+            layer = self._layers(technique, packing, session, options)
+            options.keyword_arguments["linear_factory"] = lambda name, linear: (
+                linear if "lm_head" in name else self._rounded(linear, packing, layer)
+            )
+            return
+        options.loader = partial(self._bring, technique=technique, packing=packing)
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """Every linear layer of the blocks is one of the kernel's, packed as asked, in the bytes that the format takes.
+
+        Layers do not tell how they were calibrated: what they were made from does.
+        """
+        model, head = session.model, session.model.get_output_embeddings()
+        layers = [module for module in model.modules() if kernels.is_ours(module) and hasattr(module, "bits")]
+        plain = [
+            name
+            for name, module in model.named_modules()
+            if module is not head and (kernels.linear_shape(module) or _compressed_otherwise(module))
+        ]
+        published, artifact = quantized_already(session.job.cell.model), session.artifacts.get(self.name)
+        asked = published or self._packing(technique)
+        classes = Counter(type(layer).__name__ for layer in layers)
+        backends = Counter(str(getattr(layer.backend, "value", layer.backend)) for layer in layers)
+        kernel = _kernel_of(self.name, classes)
+        wanted = str(option(technique, "kernel"))
+        how = sorted({(int(layer.bits), int(layer.group_size)) for layer in layers})
+        elements = sum(layer.in_features * layer.out_features for layer in layers)
+        held = sum(kernels.held_bytes(layer) for layer in layers)
+        expected = sum(
+            kernel[1].layer_bytes(layer.in_features, layer.out_features, *how[0], act_order=asked.act_order)
+            for layer in layers
+        ) if kernel and len(how) == 1 else 0.0  # fmt: skip
+        made = artifact.manifest.facts if artifact else {"method": "as published" if published else RTN}
+        right = bool(published) or made.get("method") == str(option(technique, "method"))
+        facts = {
+            "layers": dict(classes), "plain": len(plain), "kernel": kernel[0] if kernel else None,
+            "backend": dict(backends), "bits_and_group": how, **made,
+            "bits_per_weight": 8 * held / elements if elements else None,
+            "bits_per_weight_by_arithmetic": 8 * expected / elements if expected else None,
+        }  # fmt: skip
+        ok = expected > 0 and not plain and right and how == [(asked.bits, asked.group)]
+        ok = ok and kernel is not None and wanted in ("auto", kernel[0]) and abs(held / expected - 1) < ARITHMETIC
+        return Evidence(ok=ok, facts=facts)
+
+    def _packing(self, technique: Technique) -> Packing:
+        return Packing(
+            method=self.name, bits=_number(technique, "bits"), group=_number(technique, "group_size"),
+            symmetric=self.symmetric, zeros_less_one=self.name == "gptq",
+        )  # fmt: skip
+
+    def _unlike(self, published: Packing, technique: Technique, cell: Cell) -> str | None:
+        """Why a checkpoint that is quantized already is not what the stack says."""
+        model = cell.model.id
+        if published.refusal:
+            return f"{self.name} cannot load {model}, which is quantized already: {published.refusal}"
+        if published.method != self.name:
+            return f"{model} is quantized already, by {published.method}: put that into the stack, not {self.name}"
+        if (published.bits, published.group) != (_number(technique, "bits"), _number(technique, "group_size")):
+            right = f"{self.name}:bits={published.bits},group_size={published.group}"
+            return f"{model} is quantized already ({published.description}): write {right}"
+        made = [key for key in ("method", "samples", "text") if technique.option(key) is not None]
+        if made:
+            return f"{model} is quantized already: {self.name} makes nothing of its {', '.join(made)}"
+        return None
+
+    def _no_kernel(self, technique: Technique, device: DeviceInfo) -> str | None:
+        name, known = str(option(technique, "kernel")), KERNELS[self.name]
+        bits = _number(technique, "bits")
+        if name == "auto":
+            return None
+        kernel = known.get(name)
+        if kernel is None or device.kind not in kernel.devices:
+            here = [key for key, item in known.items() if device.kind in item.devices]
+            return f"{self.name} has no kernel {name} on {device.kind}, it has {', '.join(here)}"
+        if bits not in kernel.bits:
+            return f"{self.name}: the kernel {name} multiplies {kernel.bits[0]}-bit weights, not {bits}-bit ones"
+        if kernel.package and kernel.package not in device.packages:
+            return f"{self.name}: the kernel {name} needs {kernel.package}: pip install {kernel.package}"
+        least, has = kernel.compute_capability, device.compute_capability
+        if least and has and has < least:
+            return (
+                f"{self.name}: the kernel {name} needs compute capability {least[0]}.{least[1]}, not {has[0]}.{has[1]}"
+            )
+        return None
+
+    def _unfit(self, technique: Technique, cell: Cell) -> str | None:
+        try:
+            config = config_of(cell.model) or {}
+        except (OSError, ValueError):
+            config = {}
+        dtype = precision_of(cell) or config.get("dtype") or config.get("torch_dtype")
+        if dtype in ("fp32", "tf32", "float32"):
+            return f"{self.name} multiplies in fp16 or bf16, this cell computes in {dtype}: put bf16 into the stack"
+        group = _number(technique, "group_size")
+        odd = [config[key] for key in WIDTHS if isinstance(config.get(key), int) and config[key] % group]
+        if odd:
+            return f"{self.name} groups {group} inputs, {cell.model.id} has {odd[0]}"
+        if _rounds(technique) and cell.model.source == "random" and model_type(cell.model) == "gpt2":
+            return f"{self.name}:method=rtn makes linear layers in place, {cell.model.id} has Conv1D layers"
+        return None
+
+    def _layers(self, technique: Technique, packing: Packing, session: Session, options: LoadOptions) -> Any:
+        """Makes empty layers: (name, inputs, outputs, has a bias) -> layer of the kernel that is to run."""
+        kernel = choose(self.name, str(option(technique, "kernel")), packing, session.device)
+        cls, dtype = kernels.layer_class(kernel), _dtype(options, session)
+        how = {"bits": packing.bits, "group_size": packing.group, "sym": packing.symmetric}
+
+        def layer(_name: str, inputs: int, outputs: int, bias: bool) -> Any:
+            return kernels.empty_layer(
+                cls, kernel, inputs, outputs, bias, dtype=dtype, desc_act=packing.act_order, **how
+            )
+
+        return layer
+
+    def _rounded(self, linear: torch.nn.Linear, packing: Packing, layer: Any) -> Any:
+        """The packed layer of a linear layer with random weights, on its device."""
+        weight, bias = linear.weight.detach(), linear.bias
+        _groups_of(weight.shape[1], packing.group)
+        made = layer("", weight.shape[1], weight.shape[0], bias is not None).to(weight.device)
+        found = round_to_nearest(weight, packing.bits, packing.group, symmetric=packing.symmetric)
+        for name, value in self.tensors(found, packing.bits).items():
+            held = getattr(made, name)
+            held.data = value.to(held.dtype)
+        if bias is not None:
+            made.bias.data.copy_(bias.detach())
+        return kernels.finish(made, zeros_less_one=packing.zeros_less_one)
+
+    def _round(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
+        """The checkpoint with every linear layer of the blocks rounded to nearest."""
+        loaded = session.load(LoadOptions(checkpoint=session.load_options.checkpoint))
+        packing, head, packed = self._packing(technique), loaded.model.get_output_embeddings(), {}
+        for name, module in loaded.model.named_modules():
+            shape = kernels.linear_shape(module)
+            if shape is None or module is head:
+                continue
+            _groups_of(shape[0], packing.group)
+            weight = module.weight.detach()
+            weight = weight if tuple(weight.shape) == shape[::-1] and hasattr(module, "in_features") else weight.T
+            found = round_to_nearest(weight, packing.bits, packing.group, symmetric=packing.symmetric)
+            packed[name] = {key: value.cpu() for key, value in self.tensors(found, packing.bits).items()}
+        how = self.quantization_config(packing.bits, packing.group)
+        write_packed(loaded.model, loaded.tokenizer, folder, packed, how)
+        return {"method": RTN, "bits": packing.bits, "group_size": packing.group, "samples": 0}
+
+    def _bring(self, session: Session, technique: Technique, packing: Packing) -> LoadedModel:
+        """The loader of packed checkpoints: ours, or as published."""
+        from tasks.models.identity import refuse_unsafe
+        from tasks.models.load import LoadedModel, tokenizer_of
+
+        options, spec = session.load_options, session.job.cell.model
+        folder = Path(options.checkpoint) if options.checkpoint else checkpoint_folder(spec)
+        assert folder is not None, "a quantized checkpoint is a folder"
+        refuse_unsafe(folder, spec.trust_remote_code)
+        model = load_packed(
+            folder, self._layers(technique, packing, session, options),
+            partial(kernels.finish, zeros_less_one=packing.zeros_less_one), dtype=_dtype(options, session),
+            device=session.device, attention=options.attention, trust_remote_code=spec.trust_remote_code,
+        )  # fmt: skip
+        tokenizer = tokenizer_of(str(folder), trust_remote_code=spec.trust_remote_code, local_files_only=True)
+        weights = "random" if spec.source == "random" else "trained"
+        return LoadedModel(model=model, weights=weights, config=model.config, tokenizer=tokenizer)
+
+
+def choose(method: str, name: str, packing: Packing, device: torch.device) -> Kernel:
+    """The kernel of that name, or the first that can run here; raises `Unsupported` where there is none."""
+    import torch
+
+    reasons = []
+    for key, kernel in KERNELS[method].items():
+        if name not in ("auto", key):
+            continue
+        least = kernel.compute_capability
+        if device.type not in kernel.devices:
+            reasons.append(f"{key} does not run on {device.type}")
+        elif packing.bits not in kernel.bits or packing.group not in kernel.groups:
+            reasons.append(f"{key} has no {packing.bits} bits in groups of {packing.group}")
+        elif kernel.symmetric_only and not packing.symmetric:
+            reasons.append(f"{key} wants codes that are symmetric about zero")
+        elif least and torch.cuda.get_device_capability(device) < least:
+            reasons.append(f"{key} needs compute capability {least[0]}.{least[1]}")
+        elif name == "auto" and key == "marlin" and not _compiler():
+            reasons.append("marlin is compiled at its first use, and there is no nvcc")
+        else:
+            return kernel
+    raise Unsupported(f"{method} has no kernel here: {'; '.join(reasons)}")
+
+
+def _compiler() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return shutil.which("nvcc") is not None or (CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
+
+
+def _kernel_of(method: str, classes: Counter[str]) -> tuple[str, Kernel] | None:
+    """The one kernel that all layers are of."""
+    return next(((key, item) for key, item in KERNELS[method].items() if set(classes) == {item.layer}), None)
+
+
+def _compressed_otherwise(module: Any) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not kernels.is_ours(module)
+
+
+def _rounds(technique: Technique) -> bool:
+    return str(option(technique, "method")) == RTN
+
+
+def _made_in_place(job: CellJob) -> bool:
+    """Random weights that nothing before this technique in the stack has changed."""
+    from tasks.registry import optimizations
+
+    makers = [
+        item for item in job.cell.stack.techniques if optimizations()[item.name].family in ("distillation", "pruning")
+    ]
+    return job.cell.model.source == "random" and not makers
+
+
+def _number(technique: Technique, key: str) -> int:
+    return int(str(option(technique, key)))
+
+
+def _groups_of(inputs: int, group: int) -> None:
+    if inputs % group:
+        raise Unsupported(f"groups of {group} do not divide a layer's {inputs} inputs")
+
+
+def _dtype(options: LoadOptions, session: Session) -> torch.dtype:
+    """What the model computes in: the stack's precision, or as published."""
+    from tasks.models.load import torch_dtype
+    from tasks.optimizations._checkpoint import published_dtype
+
+    dtype = torch_dtype(options.dtype) if options.dtype else published_dtype(session, "")
+    if dtype.itemsize != 2:
+        raise Unsupported(
+            f"the kernels multiply in fp16 or bf16, this cell computes in {dtype}: put bf16 into the stack"
+        )
+    return dtype
