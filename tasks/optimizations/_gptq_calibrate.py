@@ -73,10 +73,14 @@ def _quantize(
         from gptqmodel.quantization import FORMAT, METHOD
         from gptqmodel.utils.backend import BACKEND
 
-        kind = {"method": METHOD.AWQ, "format": FORMAT.GEMM} if method == "awq" else {"sym": True, "desc_act": False}
+        kind = (
+            {"method": METHOD.AWQ, "format": FORMAT.GEMM, "sym": False}
+            if method == "awq"
+            else {"sym": True, "desc_act": False}
+        )
         config = QuantizeConfig(
             bits=bits, group_size=group, offload_to_disk=False, fallback=None,
-            pack_impl="gpu" if session.on_cuda else "original", **kind,
+            pack_impl="gpu" if session.on_cuda else "original", **kinds[method],
         )  # fmt: skip
         model = GPTQModel.load(
             str(source), config, device=device, trust_remote_code=session.job.cell.model.trust_remote_code

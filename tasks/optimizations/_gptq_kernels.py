@@ -166,11 +166,11 @@ def finish(layer: Any, *, zeros_less_one: bool) -> Any:
     """
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-    if zeros_less_one and layer.REQUIRES_FORMAT_V2:
-        convert_gptq_v1_to_v2_format_module(layer, bits=layer.bits, pack_dtype=layer.pack_dtype)
     layer.optimized = True  # else some compile their unpacking, unasked
     try:
         with undisturbed():
+            if zeros_less_one and layer.REQUIRES_FORMAT_V2:
+                convert_gptq_v1_to_v2_format_module(layer, bits=layer.bits, pack_dtype=layer.pack_dtype)
             layer.post_init()
     except (ImportError, NotImplementedError, ValueError, RuntimeError) as error:
         if out_of_memory(error):

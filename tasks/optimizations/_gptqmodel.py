@@ -1,8 +1,7 @@
-"""What gptq and awq share: planning, making the checkpoint with GPTQModel, loading it into a named kernel, the proof."""
+"""What gptq and awq share: making the checkpoint with GPTQModel, loading it into a named kernel, and the proof."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -11,28 +10,36 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import text_content
-from tasks.models.identity import checkpoint_folder, config_of, model_type
+from tasks.models.identity import checkpoint_folder
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.optimizations import _gptq_kernels as kernels
 from tasks.optimizations._gptq_kernels import KERNELS, Kernel
+from tasks.optimizations._gptq_plan import (
+    RTN,
+    choose,
+    no_kernel,
+    number,
+    rounds,
+    starts_from_another,
+    unfit,
+    unlike,
+)
 from tasks.optimizations._packed import Codes, round_to_nearest
 from tasks.optimizations._packed_checkpoint import Packing, load_packed, quantized_already, write_packed
-from tasks.stacks import option, precision_of
+from tasks.stacks import option
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.cell import Cell, Technique
+    from tasks.cell import Cell, Scalar, Technique
     from tasks.device import DeviceInfo
     from tasks.job import CellJob
     from tasks.models.load import LoadedModel
     from tasks.session import Session
 
 ARITHMETIC = 0.03  # what storage may differ from the format's arithmetic
-RTN = "rtn"
-OPTIONS = {"bits": 4, "group_size": 128, "kernel": "auto", "samples": 128, "text": ""}
+OPTIONS: dict[str, Scalar] = {"bits": 4, "group_size": 128, "kernel": "auto", "samples": 128, "text": ""}
 GROUPS = (32, 64, 128)
-WIDTHS = ("hidden_size", "intermediate_size", "n_embd", "n_inner")
 
 
 class GptqModel(Optimization):
@@ -69,21 +76,21 @@ class GptqModel(Optimization):
             return None
         published = quantized_already(cell.model)
         if published is not None:
-            return self._unlike(published, technique, cell)
-        return self._no_kernel(technique, device) or self._unfit(technique, cell)
+            return unlike(published, technique, cell) or no_kernel(technique, published.bits, device)
+        return no_kernel(technique, number(technique, "bits"), device) or unfit(technique, cell)
 
     def content(self, technique: Technique, search_path: tuple[str, ...]) -> dict[str, str]:
-        return {} if _rounds(technique) else text_content(technique, search_path)
+        return {} if rounds(technique) else text_content(technique, search_path)
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec | None:
         model = job.cell.model
-        if quantized_already(model) or (_rounds(technique) and _made_in_place(job)):
+        if quantized_already(model) or (rounds(technique) and _in_place(job.cell)):
             return None
         every_kernel = replace(technique, options=tuple(item for item in technique.options if item[0] != "kernel"))
         return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"), version=1)
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
-        if _rounds(technique):
+        if rounds(technique):
             return self._round(technique, session, folder)
         from tasks.optimizations._gptq_calibrate import calibrate
 
@@ -139,60 +146,9 @@ class GptqModel(Optimization):
 
     def _packing(self, technique: Technique) -> Packing:
         return Packing(
-            method=self.name, bits=_number(technique, "bits"), group=_number(technique, "group_size"),
+            method=self.name, bits=number(technique, "bits"), group=number(technique, "group_size"),
             symmetric=self.symmetric, zeros_less_one=self.name == "gptq",
         )  # fmt: skip
-
-    def _unlike(self, published: Packing, technique: Technique, cell: Cell) -> str | None:
-        """Why a checkpoint that is quantized already is not what the stack says."""
-        model = cell.model.id
-        if published.refusal:
-            return f"{self.name} cannot load {model}, which is quantized already: {published.refusal}"
-        if published.method != self.name:
-            return f"{model} is quantized already, by {published.method}: put that into the stack, not {self.name}"
-        if (published.bits, published.group) != (_number(technique, "bits"), _number(technique, "group_size")):
-            right = f"{self.name}:bits={published.bits},group_size={published.group}"
-            return f"{model} is quantized already ({published.description}): write {right}"
-        made = [key for key in ("method", "samples", "text") if technique.option(key) is not None]
-        if made:
-            return f"{model} is quantized already: {self.name} makes nothing of its {', '.join(made)}"
-        return None
-
-    def _no_kernel(self, technique: Technique, device: DeviceInfo) -> str | None:
-        name, known = str(option(technique, "kernel")), KERNELS[self.name]
-        bits = _number(technique, "bits")
-        if name == "auto":
-            return None
-        kernel = known.get(name)
-        if kernel is None or device.kind not in kernel.devices:
-            here = [key for key, item in known.items() if device.kind in item.devices]
-            return f"{self.name} has no kernel {name} on {device.kind}, it has {', '.join(here)}"
-        if bits not in kernel.bits:
-            return f"{self.name}: the kernel {name} multiplies {kernel.bits[0]}-bit weights, not {bits}-bit ones"
-        if kernel.package and kernel.package not in device.packages:
-            return f"{self.name}: the kernel {name} needs {kernel.package}: pip install {kernel.package}"
-        least, has = kernel.compute_capability, device.compute_capability
-        if least and has and has < least:
-            return (
-                f"{self.name}: the kernel {name} needs compute capability {least[0]}.{least[1]}, not {has[0]}.{has[1]}"
-            )
-        return None
-
-    def _unfit(self, technique: Technique, cell: Cell) -> str | None:
-        try:
-            config = config_of(cell.model) or {}
-        except (OSError, ValueError):
-            config = {}
-        dtype = precision_of(cell) or config.get("dtype") or config.get("torch_dtype")
-        if dtype in ("fp32", "tf32", "float32"):
-            return f"{self.name} multiplies in fp16 or bf16, this cell computes in {dtype}: put bf16 into the stack"
-        group = _number(technique, "group_size")
-        odd = [config[key] for key in WIDTHS if isinstance(config.get(key), int) and config[key] % group]
-        if odd:
-            return f"{self.name} groups {group} inputs, {cell.model.id} has {odd[0]}"
-        if _rounds(technique) and cell.model.source == "random" and model_type(cell.model) == "gpt2":
-            return f"{self.name}:method=rtn makes linear layers in place, {cell.model.id} has Conv1D layers"
-        return None
 
     def _layers(self, technique: Technique, packing: Packing, session: Session, options: LoadOptions) -> Any:
         """Makes empty layers: (name, inputs, outputs, has a bias) -> layer of the kernel that is to run."""
@@ -256,36 +212,6 @@ class GptqModel(Optimization):
         return LoadedModel(model=model, weights=weights, config=model.config, tokenizer=tokenizer)
 
 
-def choose(method: str, name: str, packing: Packing, device: torch.device) -> Kernel:
-    """The kernel of that name, or the first that can run here; raises `Unsupported` where there is none."""
-    import torch
-
-    reasons = []
-    for key, kernel in KERNELS[method].items():
-        if name not in ("auto", key):
-            continue
-        least = kernel.compute_capability
-        if device.type not in kernel.devices:
-            reasons.append(f"{key} does not run on {device.type}")
-        elif packing.bits not in kernel.bits or packing.group not in kernel.groups:
-            reasons.append(f"{key} has no {packing.bits} bits in groups of {packing.group}")
-        elif kernel.symmetric_only and not packing.symmetric:
-            reasons.append(f"{key} wants codes that are symmetric about zero")
-        elif least and torch.cuda.get_device_capability(device) < least:
-            reasons.append(f"{key} needs compute capability {least[0]}.{least[1]}")
-        elif name == "auto" and key == "marlin" and not _compiler():
-            reasons.append("marlin is compiled at its first use, and there is no nvcc")
-        else:
-            return kernel
-    raise Unsupported(f"{method} has no kernel here: {'; '.join(reasons)}")
-
-
-def _compiler() -> bool:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return shutil.which("nvcc") is not None or (CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
-
-
 def _kernel_of(method: str, classes: Counter[str]) -> tuple[str, Kernel] | None:
     """The one kernel that all layers are of."""
     return next(((key, item) for key, item in KERNELS[method].items() if set(classes) == {item.layer}), None)
@@ -295,22 +221,9 @@ def _compressed_otherwise(module: Any) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features") and not kernels.is_ours(module)
 
 
-def _rounds(technique: Technique) -> bool:
-    return str(option(technique, "method")) == RTN
-
-
-def _made_in_place(job: CellJob) -> bool:
+def _in_place(cell: Cell) -> bool:
     """Random weights that nothing before this technique in the stack has changed."""
-    from tasks.registry import optimizations
-
-    makers = [
-        item for item in job.cell.stack.techniques if optimizations()[item.name].family in ("distillation", "pruning")
-    ]
-    return job.cell.model.source == "random" and not makers
-
-
-def _number(technique: Technique, key: str) -> int:
-    return int(str(option(technique, key)))
+    return cell.model.source == "random" and not starts_from_another(cell)
 
 
 def _groups_of(inputs: int, group: int) -> None:

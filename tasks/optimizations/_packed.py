@@ -64,7 +64,8 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     import torch
 
     shifts = torch.arange(0, WORD, bits, device=words.device, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    fields: torch.Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return fields.flatten(-2)
 
 
 def _interleaved(values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tasks.optimizations._gptqmodel import GROUPS, OPTIONS, RTN, GptqModel
+from tasks.optimizations._gptq_plan import RTN
+from tasks.optimizations._gptqmodel import GROUPS, OPTIONS, GptqModel
 from tasks.optimizations._packed import Codes, gptq_tensors
 
 if TYPE_CHECKING:
