@@ -73,11 +73,10 @@ def _quantize(
         from gptqmodel.quantization import FORMAT, METHOD
         from gptqmodel.utils.backend import BACKEND
 
-        kind = (
-            {"method": METHOD.AWQ, "format": FORMAT.GEMM, "sym": False}
-            if method == "awq"
-            else {"sym": True, "desc_act": False}
-        )
+        kinds = {
+            "gptq": {"sym": True, "desc_act": False},
+            "awq": {"method": METHOD.AWQ, "format": FORMAT.GEMM, "sym": False},
+        }
         config = QuantizeConfig(
             bits=bits, group_size=group, offload_to_disk=False, fallback=None,
             pack_impl="gpu" if session.on_cuda else "original", **kinds[method],
