@@ -48,7 +48,7 @@ POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 PACKAGES = {
     name: found
-    for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao")
+    for name in ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "gptqmodel")
     if (found := version(name))
 }
 INSTANT = "instant"  # a profile for passes inside the test process

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import ModelSpec, digest
 from tasks.models.identity import POCKET, ModelError, checkpoint_folder, random_config, refuse_unsafe
+from tasks.models.packing import packing_of
 from tasks.optimization import LoadOptions
 
 if TYPE_CHECKING:
@@ -159,7 +160,17 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     if options.quantization is not None:
         keywords["quantization_config"] = options.quantization
     keywords.pop("linear_factory", None)
-    model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+    packing = packing_of(config.to_dict())
+    if packing is not None:
+        if folder is None or packing.refusal:
+            raise ModelError(f"{where} is quantized ({packing.description}): {packing.refusal or 'give its folder'}")
+        from tasks.optimizations._packed_checkpoint import load_unpacked
+
+        dtype = torch_dtype(options.dtype or str(config.dtype or "float32").removeprefix("torch."))
+        how = {"dtype": dtype, "device": device, "attention": options.attention}
+        model = load_unpacked(folder, packing, trust_remote_code=spec.trust_remote_code, **how)
+    else:
+        model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
     return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer_of(where, **common))
 
 

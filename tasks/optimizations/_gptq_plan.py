@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.models.identity import config_of, model_type
+from tasks.models.packing import Packing
 from tasks.optimization import Unsupported
 from tasks.optimizations._gptq_kernels import KERNELS, Kernel
-from tasks.optimizations._packed_checkpoint import Packing
 from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:

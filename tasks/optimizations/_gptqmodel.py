@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import text_content
 from tasks.models.identity import checkpoint_folder
+from tasks.models.packing import Packing, quantized_already
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.optimizations import _gptq_kernels as kernels
 from tasks.optimizations._gptq_kernels import KERNELS, Kernel
@@ -25,7 +26,7 @@ from tasks.optimizations._gptq_plan import (
     unlike,
 )
 from tasks.optimizations._packed import Codes, round_to_nearest
-from tasks.optimizations._packed_checkpoint import Packing, load_packed, quantized_already, write_packed
+from tasks.optimizations._packed_checkpoint import load_packed, write_packed
 from tasks.stacks import option
 
 if TYPE_CHECKING:

@@ -99,10 +99,10 @@ def awq_tensors(found: Codes, bits: int) -> dict[str, torch.Tensor]:
     }
 
 
-def gptq_weight(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+def gptq_weight(tensors: dict[str, torch.Tensor], bits: int, *, zeros_less_one: bool = True) -> torch.Tensor:
     """The fp32 weight (outputs, inputs) that GPTQ's tensors stand for, whatever order the groups have."""
     codes = _unpack(tensors["qweight"].T.contiguous(), bits).float()
-    zeros = (_unpack(tensors["qzeros"], bits) + 1).float().T
+    zeros = (_unpack(tensors["qzeros"], bits) + int(zeros_less_one)).float().T
     scales, of = tensors["scales"].float().T, tensors["g_idx"].long()
     return scales[:, of] * (codes - zeros[:, of])
 

@@ -1,4 +1,4 @@
-"""Checkpoints with packed weights: what their configuration says, and loading them into layers of a named kernel.
+"""Checkpoints with packed weights: writing them, and loading them into layers of a named kernel or as plain ones.
 
 transformers would load them too, with a kernel of GPTQModel's choice, GPTQ's only beside another package.
 """
@@ -8,69 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.cell import ModelSpec
-from tasks.models.identity import config_of
+from tasks.models.packing import Packing
 from tasks.optimization import Unsupported
+from tasks.optimizations._packed import WORD, awq_weight, gptq_weight
 
 if TYPE_CHECKING:
     import torch
 
 METHOD = "packed"  # under which transformers knows our way of loading
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """How a checkpoint's weights are packed; `refusal` says why it cannot be loaded here, if so."""
-
-    method: str
-    bits: int
-    group: int
-    symmetric: bool
-    act_order: bool = False
-    zeros_less_one: bool = False
-    refusal: str | None = None
-
-    @property
-    def description(self) -> str:
-        return f"{self.method}, {self.bits} bits in groups of {self.group}"
-
-
-def packing_of(config: dict[str, Any]) -> Packing | None:
-    """What the configuration of a checkpoint says; None where it is not quantized by GPTQ or AWQ."""
-    data = config.get("quantization_config") or {}
-    method = data.get("quant_method")
-    if method not in ("gptq", "awq"):
-        return None
-    layout = str(data.get("checkpoint_format") or data.get("format") or data.get("version") or "").lower()
-    known = {"gptq": ("gptq", "gptq_v2", ""), "awq": ("gemm", "")}[method]
-    refusal = None
-    if layout not in known:
-        refusal = f"its layout {layout!r} is none of {', '.join(filter(None, known))}"
-    elif data.get("dynamic"):
-        refusal = "its layers are quantized in different ways"
-    elif data.get("lm_head"):
-        refusal = "its head is quantized too"
-    return Packing(
-        method=method,
-        bits=int(data.get("bits") or data.get("w_bit") or 0),
-        group=int(data.get("group_size") or data.get("q_group_size") or 0),
-        symmetric=bool(data.get("sym", method == "gptq")) and not (method == "awq" and data.get("zero_point", True)),
-        act_order=bool(data.get("desc_act", False)),
-        zeros_less_one=method == "gptq" and layout != "gptq_v2",
-        refusal=refusal,
-    )
-
-
-def quantized_already(model: ModelSpec) -> Packing | None:
-    """How the model was published quantized, where its configuration is at hand."""
-    try:
-        return packing_of(config_of(model) or {})
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 # (name, inputs, outputs, has a bias) -> layer without data
@@ -101,6 +50,47 @@ def load_packed(
             local_files_only=True, trust_remote_code=trust_remote_code, **keywords,
         )  # fmt: skip
     return model.eval()
+
+
+def load_unpacked(folder: Path, packing: Packing, **how: Any) -> Any:
+    """The model of a packed checkpoint with plain linear layers that hold what the packed weights stand for.
+
+    For the fp32 reference of a model that was published quantized; `how` as in `load_packed`.
+    """
+    return load_packed(folder, partial(_room, packing), partial(_plain, packing, how["dtype"]), **how)
+
+
+def _room(packing: Packing, _name: str, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+    """Somewhere to load the tensors of one packed layer to."""
+    import torch
+
+    holder, each, groups = torch.nn.Module(), WORD // packing.bits, inputs // packing.group
+    words = (inputs // each, outputs) if packing.method == "gptq" else (inputs, outputs // each)
+    holder.register_buffer("qweight", torch.empty(words, dtype=torch.int32))
+    holder.register_buffer("qzeros", torch.empty((groups, outputs // each), dtype=torch.int32))
+    holder.register_buffer("scales", torch.empty((groups, outputs), dtype=torch.float32))
+    if packing.method == "gptq":
+        holder.register_buffer("g_idx", torch.empty(inputs, dtype=torch.int32))
+    if bias:
+        holder.register_buffer("bias", torch.empty(outputs, dtype=torch.float32))
+    return holder
+
+
+def _plain(packing: Packing, dtype: torch.dtype, holder: Any) -> torch.nn.Module:
+    import torch
+
+    tensors = dict(holder.named_buffers())
+    bias = tensors.pop("bias", None)
+    if packing.method == "gptq":
+        weight = gptq_weight(tensors, packing.bits, zeros_less_one=packing.zeros_less_one)
+    else:
+        weight = awq_weight(tensors, packing.bits)
+    with torch.device("meta"):
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
+    return linear
 
 
 def packed_names(folder: Path) -> set[str]:
@@ -139,7 +129,7 @@ def _registered(names: set[str], make: LayerFactory, finish: Callable[[Any], Any
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             for name in sorted(names):
-                finish(model.get_submodule(name))
+                model.set_submodule(name, finish(model.get_submodule(name)))
             return model
 
     CONFIGS[METHOD], QUANTIZERS[METHOD] = PackedConfig, PackedQuantizer
