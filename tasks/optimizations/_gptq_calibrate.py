@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.calibration import calibration_windows
 from tasks.models.finetune import save_checkpoint
-from tasks.models.identity import checkpoint_folder
+from tasks.models.identity import POCKET, checkpoint_folder
 from tasks.optimization import LoadOptions, Unsupported
 from tasks.optimizations._gptq_kernels import import_library, undisturbed
 from tasks.stacks import option
@@ -32,9 +33,12 @@ def calibrate(method: str, technique: Technique, session: Session, folder: Path)
         windows = calibration_windows(
             session, str(option(technique, "text")), int(str(option(technique, "samples"))), LENGTH
         )
+        bare = session.loaded is None or session.loaded.tokenizer is None
         session.loaded = None  # never two models at once
         losses = _quantize(method, bits, group, windows, source, session, folder)
-    _leave_out_logs(folder)
+    # its log holds times: artifacts are the same whenever they are made
+    for path in [*folder.glob("quant_log*"), *(folder.glob("tokenizer*") if bare else ())]:
+        path.unlink()
     return {
         "method": method, "bits": bits, "group_size": group, "samples": len(windows),
         "calibration_tokens": windows.numel(), "packed_with": PACKERS[method], **losses,
@@ -52,12 +56,20 @@ def _source(session: Session, plain: Path) -> Path:
     if folder is None:  # random weights, or on the hub
         loaded = session.load(LoadOptions())
         save_checkpoint(loaded.model, loaded.tokenizer, plain)
-        session.loaded = LoadedModel(model=None, weights=None, config=loaded.config, tokenizer=loaded.tokenizer)
-        return plain
-    common = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
-    config = AutoConfig.from_pretrained(folder, **common)
-    session.loaded = LoadedModel(model=None, weights=None, config=config, tokenizer=tokenizer_of(str(folder), **common))
-    return folder
+        config, tokenizer = loaded.config, loaded.tokenizer
+    else:
+        common = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
+        config = AutoConfig.from_pretrained(folder, **common)
+        tokenizer = tokenizer_of(str(folder), **common)
+    session.loaded = LoadedModel(model=None, weights=None, config=config, tokenizer=tokenizer)
+    if tokenizer is not None:
+        return folder or plain
+    # the library wants a tokenizer, although it is given tokens: any will do
+    for path in folder.iterdir() if folder else ():
+        (plain / path.name).symlink_to(path.resolve())
+    for path in POCKET.glob("tokenizer*"):
+        shutil.copy(path, plain)
+    return plain
 
 
 def _quantize(
@@ -90,12 +102,6 @@ def _quantize(
         raise Unsupported(f"gptqmodel left no checkpoint of {session.job.cell.model.id}")
     losses = [float(item["loss"]) for items in log.values() for item in items if _is_number(item.get("loss"))]
     return {"mean_loss": sum(losses) / len(losses) if losses else None, "quantized_layers": len(losses)}
-
-
-def _leave_out_logs(folder: Path) -> None:
-    """Leave out the library's log, which holds times: artifacts are the same whenever they are made."""
-    for path in folder.glob("quant_log*"):
-        path.unlink()
 
 
 def _is_number(value: Any) -> bool:

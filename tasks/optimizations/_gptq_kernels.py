@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.metrics.parameters import storage_bytes
+from tasks.models.packing import Packing
 from tasks.optimization import Unsupported, out_of_memory
 
 if TYPE_CHECKING:
@@ -135,31 +136,34 @@ def layer_class(kernel: Kernel) -> Any:
     return found
 
 
-def empty_layer(cls: Any, kernel: Kernel, inputs: int, outputs: int, bias: bool, **how: Any) -> Any:
-    """A layer with room for a packed weight, of the kernel's class.
-
-    `how`: bits, group_size, sym, desc_act, and dtype for what it computes in.
-    """
+def layer_of(cls: Any, kernel: Kernel, tensors: dict[str, torch.Tensor], packing: Packing, dtype: torch.dtype) -> Any:
+    """A layer of the kernel's class that holds these tensors, as checkpoints name them, and computes in `dtype`."""
+    import torch
     from gptqmodel.utils.backend import BACKEND
 
-    dtype = how.pop("dtype")
+    outputs = tensors["scales"].shape[1]
+    inputs = tensors["scales"].shape[0] * packing.group
     try:
-        layer = cls(
-            in_features=inputs, out_features=outputs, bias=bias, backend=BACKEND(kernel.backend),
-            register_buffers=True, **how, **_packing(),
-        )  # fmt: skip
+        with torch.device("meta"):
+            layer = cls(
+                in_features=inputs, out_features=outputs, bias="bias" in tensors, backend=BACKEND(kernel.backend),
+                bits=packing.bits, group_size=packing.group, sym=packing.symmetric, desc_act=packing.act_order,
+                register_buffers=True, pack_dtype=torch.int32, adapter=None,
+            ).eval()  # fmt: skip
     except (NotImplementedError, ValueError) as refusal:
         raise Unsupported(f"{kernel.layer} cannot hold {inputs} x {outputs} weights: {_short(refusal)}") from refusal
-    for name in ("scales", "bias"):
-        held = getattr(layer, name, None)
-        if held is not None:
-            held.data = held.data.to(dtype)
+    for name, value in tensors.items():
+        held = value.to(dtype) if value.is_floating_point() else value
+        if name in layer._parameters:
+            layer._parameters[name] = torch.nn.Parameter(held, requires_grad=False)
+        else:
+            layer.register_buffer(name, held)
     if hasattr(layer, "compute_dtype"):
         layer.compute_dtype = dtype
-    return layer.eval()
+    return _finished(layer, zeros_less_one=packing.zeros_less_one)
 
 
-def finish(layer: Any, *, zeros_less_one: bool) -> Any:
+def _finished(layer: Any, *, zeros_less_one: bool) -> Any:
     """Arrange a loaded layer's tensors as its kernel wants them; what the kernel does not read is freed.
 
     `zeros_less_one`: zero points are as GPTQ's first format has them.
@@ -198,12 +202,6 @@ def held_bytes(layer: Any) -> int:
 
 def is_ours(module: Any) -> bool:
     return type(module).__module__.startswith("gptqmodel.")
-
-
-def _packing() -> dict[str, Any]:
-    import torch
-
-    return {"pack_dtype": torch.int32, "adapter": None}
 
 
 def _is_tensor(value: Any) -> bool:

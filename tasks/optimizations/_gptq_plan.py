@@ -44,8 +44,6 @@ def unlike(published: Packing, technique: Technique, cell: Cell) -> str | None:
     model, name = cell.model.id, technique.name
     if published.refusal:
         return f"{name} cannot load {model}, which is quantized already: {published.refusal}"
-    if published.method != name:
-        return f"{model} is quantized already, by {published.method}: put that into the stack, not {name}"
     if starts_from_another(cell):
         return f"{model} is quantized already: {name} must be all that its stack makes of it"
     if (published.bits, published.group) != (number(technique, "bits"), number(technique, "group_size")):

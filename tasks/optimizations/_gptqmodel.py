@@ -101,9 +101,9 @@ class GptqModel(Optimization):
         model, artifact = session.job.cell.model, session.artifacts.get(self.name)
         packing = quantized_already(model) or self._packing(technique)
         if artifact is None and not quantized_already(model):
-            layer = self._layers(technique, packing, session, options)
+            build = self._layers(technique, packing, session, options)
             options.keyword_arguments["linear_factory"] = lambda name, linear: (
-                linear if "lm_head" in name else self._rounded(linear, packing, layer)
+                linear if "lm_head" in name else build(self._packed(linear.weight.detach(), linear.bias, packing))
             )
             return
         options.loader = partial(self._bring, technique=technique, packing=packing)
@@ -152,30 +152,18 @@ class GptqModel(Optimization):
         )  # fmt: skip
 
     def _layers(self, technique: Technique, packing: Packing, session: Session, options: LoadOptions) -> Any:
-        """Makes empty layers: (name, inputs, outputs, has a bias) -> layer of the kernel that is to run."""
+        """Makes layers of the kernel that is to run, of the tensors that a checkpoint has for each."""
         kernel = choose(self.name, str(option(technique, "kernel")), packing, session.device)
         cls, dtype = kernels.layer_class(kernel), _dtype(options, session)
-        how = {"bits": packing.bits, "group_size": packing.group, "sym": packing.symmetric}
+        return lambda tensors: kernels.layer_of(cls, kernel, tensors, packing, dtype)
 
-        def layer(_name: str, inputs: int, outputs: int, bias: bool) -> Any:
-            return kernels.empty_layer(
-                cls, kernel, inputs, outputs, bias, dtype=dtype, desc_act=packing.act_order, **how
-            )
-
-        return layer
-
-    def _rounded(self, linear: torch.nn.Linear, packing: Packing, layer: Any) -> Any:
-        """The packed layer of a linear layer with random weights, on its device."""
-        weight, bias = linear.weight.detach(), linear.bias
-        _groups_of(weight.shape[1], packing.group)
-        made = layer("", weight.shape[1], weight.shape[0], bias is not None).to(weight.device)
+    def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None, packing: Packing) -> dict[str, torch.Tensor]:
+        """The tensors that stand for a weight (outputs, inputs) rounded to nearest."""
+        if weight.shape[1] % packing.group:
+            raise Unsupported(f"groups of {packing.group} do not divide a layer's {weight.shape[1]} inputs")
         found = round_to_nearest(weight, packing.bits, packing.group, symmetric=packing.symmetric)
-        for name, value in self.tensors(found, packing.bits).items():
-            held = getattr(made, name)
-            held.data = value.to(held.dtype)
-        if bias is not None:
-            made.bias.data.copy_(bias.detach())
-        return kernels.finish(made, zeros_less_one=packing.zeros_less_one)
+        tensors = self.tensors(found, packing.bits)
+        return tensors if bias is None else {**tensors, "bias": bias}
 
     def _round(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         """The checkpoint with every linear layer of the blocks rounded to nearest."""
@@ -185,11 +173,9 @@ class GptqModel(Optimization):
             shape = kernels.linear_shape(module)
             if shape is None or module is head:
                 continue
-            _groups_of(shape[0], packing.group)
-            weight = module.weight.detach()
-            weight = weight if tuple(weight.shape) == shape[::-1] and hasattr(module, "in_features") else weight.T
-            found = round_to_nearest(weight, packing.bits, packing.group, symmetric=packing.symmetric)
-            packed[name] = {key: value.cpu() for key, value in self.tensors(found, packing.bits).items()}
+            weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+            weight = weight if hasattr(module, "in_features") else weight.T
+            packed[name] = {key: value.cpu() for key, value in self._packed(weight, bias, packing).items()}
         how = self.quantization_config(packing.bits, packing.group)
         write_packed(loaded.model, loaded.tokenizer, folder, packed, how)
         return {"method": RTN, "bits": packing.bits, "group_size": packing.group, "samples": 0}
@@ -204,8 +190,7 @@ class GptqModel(Optimization):
         assert folder is not None, "a quantized checkpoint is a folder"
         refuse_unsafe(folder, spec.trust_remote_code)
         model = load_packed(
-            folder, self._layers(technique, packing, session, options),
-            partial(kernels.finish, zeros_less_one=packing.zeros_less_one), dtype=_dtype(options, session),
+            folder, packing, self._layers(technique, packing, session, options), dtype=_dtype(options, session),
             device=session.device, attention=options.attention, trust_remote_code=spec.trust_remote_code,
         )  # fmt: skip
         tokenizer = tokenizer_of(str(folder), trust_remote_code=spec.trust_remote_code, local_files_only=True)
@@ -225,11 +210,6 @@ def _compressed_otherwise(module: Any) -> bool:
 def _in_place(cell: Cell) -> bool:
     """Random weights that nothing before this technique in the stack has changed."""
     return cell.model.source == "random" and not starts_from_another(cell)
-
-
-def _groups_of(inputs: int, group: int) -> None:
-    if inputs % group:
-        raise Unsupported(f"groups of {group} do not divide a layer's {inputs} inputs")
 
 
 def _dtype(options: LoadOptions, session: Session) -> torch.dtype:

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 METHOD = "packed"  # under which transformers knows our way of loading
 
 
-# (name, inputs, outputs, has a bias) -> layer without data
-LayerFactory = Callable[[str, int, int, bool], "torch.nn.Module"]
+# tensors of a packed layer, by their names in a checkpoint -> the layer that takes their place in the model
+LayerFactory = Callable[[dict[str, "torch.Tensor"]], "torch.nn.Module"]
 
 
 def load_packed(
     folder: Path,
-    make: LayerFactory,
-    finish: Callable[[Any], Any],
+    packing: Packing,
+    build: LayerFactory,
     *,
     dtype: torch.dtype,
     device: torch.device,
     attention: str | None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model of a checkpoint, its packed weights in layers that `make` gives and `finish` arranges, on `device`."""
+    """The model of a checkpoint on `device`, with what `build` makes of the tensors of each packed layer."""
     from transformers import AutoConfig
 
     from tasks.models.load import auto_class
@@ -44,7 +44,7 @@ def load_packed(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     config.quantization_config = {"quant_method": METHOD}
     keywords = {"attn_implementation": attention} if attention else {}
-    with _registered(packed_names(folder), make, finish):
+    with _registered(packed_names(folder), packing, build):
         model = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, device_map={"": str(device)}, use_safetensors=True,
             local_files_only=True, trust_remote_code=trust_remote_code, **keywords,
@@ -57,10 +57,10 @@ def load_unpacked(folder: Path, packing: Packing, **how: Any) -> Any:
 
     For the fp32 reference of a model that was published quantized; `how` as in `load_packed`.
     """
-    return load_packed(folder, partial(_room, packing), partial(_plain, packing, how["dtype"]), **how)
+    return load_packed(folder, packing, partial(_plain, packing, how["dtype"]), **how)
 
 
-def _room(packing: Packing, _name: str, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+def _room(packing: Packing, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
     """Somewhere to load the tensors of one packed layer to."""
     import torch
 
@@ -68,18 +68,21 @@ def _room(packing: Packing, _name: str, inputs: int, outputs: int, bias: bool) -
     words = (inputs // each, outputs) if packing.method == "gptq" else (inputs, outputs // each)
     holder.register_buffer("qweight", torch.empty(words, dtype=torch.int32))
     holder.register_buffer("qzeros", torch.empty((groups, outputs // each), dtype=torch.int32))
-    holder.register_buffer("scales", torch.empty((groups, outputs), dtype=torch.float32))
+    holder.register_buffer("scales", torch.empty((groups, outputs), dtype=torch.float16))
     if packing.method == "gptq":
         holder.register_buffer("g_idx", torch.empty(inputs, dtype=torch.int32))
     if bias:
-        holder.register_buffer("bias", torch.empty(outputs, dtype=torch.float32))
+        holder.register_buffer("bias", torch.empty(outputs, dtype=torch.float16))
+    # some models initialise their layers' weights by name; what is marked so is left alone
+    initialised: Any = torch.empty(0)
+    initialised._is_hf_initialized = True
+    holder.weight = initialised
     return holder
 
 
-def _plain(packing: Packing, dtype: torch.dtype, holder: Any) -> torch.nn.Module:
+def _plain(packing: Packing, dtype: torch.dtype, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     import torch
 
-    tensors = dict(holder.named_buffers())
     bias = tensors.pop("bias", None)
     if packing.method == "gptq":
         weight = gptq_weight(tensors, packing.bits, zeros_less_one=packing.zeros_less_one)
@@ -107,7 +110,7 @@ def packed_names(folder: Path) -> set[str]:
 
 
 @contextmanager
-def _registered(names: set[str], make: LayerFactory, finish: Callable[[Any], Any]) -> Iterator[None]:
+def _registered(names: set[str], packing: Packing, build: LayerFactory) -> Iterator[None]:
     """Meanwhile transformers replaces layers of these names before it loads their tensors."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CONFIGS
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
@@ -125,11 +128,11 @@ def _registered(names: set[str], make: LayerFactory, finish: Callable[[Any], Any
             return False
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            _replace(model, names, make)
+            _replace(model, names, packing)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             for name in sorted(names):
-                model.set_submodule(name, finish(model.get_submodule(name)))
+                model.set_submodule(name, build(dict(model.get_submodule(name).named_buffers())))
             return model
 
     CONFIGS[METHOD], QUANTIZERS[METHOD] = PackedConfig, PackedQuantizer
@@ -139,7 +142,7 @@ def _registered(names: set[str], make: LayerFactory, finish: Callable[[Any], Any
         del CONFIGS[METHOD], QUANTIZERS[METHOD]
 
 
-def _replace(model: Any, names: set[str], make: LayerFactory) -> None:
+def _replace(model: Any, names: set[str], packing: Packing) -> None:
     import torch
 
     from tasks.optimizations._gptq_kernels import linear_shape
@@ -153,7 +156,7 @@ def _replace(model: Any, names: set[str], make: LayerFactory) -> None:
         if shape is None:
             raise Unsupported(f"the checkpoint packs {name}, which is no linear layer of {type(model).__name__}")
         with torch.device("meta"):
-            model.set_submodule(name, make(name, *shape, module.bias is not None))
+            model.set_submodule(name, _room(packing, *shape, module.bias is not None))
 
 
 def write_packed(model: Any, tokenizer: Any, folder: Path, tensors: dict[str, dict[str, Any]], how: Any) -> None:
@@ -163,11 +166,9 @@ def write_packed(model: Any, tokenizer: Any, folder: Path, tensors: dict[str, di
     from tasks.models.finetune import save_checkpoint
 
     for name, parts in tensors.items():
-        layer, holder = model.get_submodule(name), torch.nn.Module()
+        holder = torch.nn.Module()
         for key, value in parts.items():
             holder.register_buffer(key, value)
-        if layer.bias is not None:
-            holder.register_buffer("bias", layer.bias.detach())
         model.set_submodule(name, holder)
     save_checkpoint(model, tokenizer, folder)
     path = folder / "config.json"
