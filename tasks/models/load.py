@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import ModelSpec, digest
@@ -178,6 +179,9 @@ def tokenizer_of(where: str, **keywords: Any) -> Any:
     """The tokenizer of a checkpoint; None where it has none, as vision models and bare checkpoints."""
     from transformers import AutoTokenizer
 
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in files):
+        return None  # for some model types it would make an empty one
     try:
         return AutoTokenizer.from_pretrained(where, **keywords)
     except (OSError, ValueError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,7 @@ def calibrate(method: str, technique: Technique, session: Session, folder: Path)
         bare = session.loaded is None or session.loaded.tokenizer is None
         session.loaded = None  # never two models at once
         losses = _quantize(method, bits, group, windows, source, session, folder)
+        _as_before(source, folder)
     # its log holds times: artifacts are the same whenever they are made
     for path in [*folder.glob("quant_log*"), *(folder.glob("tokenizer*") if bare else ())]:
         path.unlink()
@@ -80,7 +84,7 @@ def _quantize(
 
     device = f"{session.device.type}:{torch.cuda.current_device()}" if session.on_cuda else "cpu"
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
-    with undisturbed(workers=torch.get_num_threads()), torch.enable_grad():
+    with undisturbed(workers=torch.get_num_threads()), _failing_alive(), torch.enable_grad():
         from gptqmodel import GPTQModel, QuantizeConfig
         from gptqmodel.quantization import FORMAT, METHOD
         from gptqmodel.utils.backend import BACKEND
@@ -102,6 +106,29 @@ def _quantize(
         raise Unsupported(f"gptqmodel left no checkpoint of {session.job.cell.model.id}")
     losses = [float(item["loss"]) for items in log.values() for item in items if _is_number(item.get("loss"))]
     return {"mean_loss": sum(losses) / len(losses) if losses else None, "quantized_layers": len(losses)}
+
+
+def _as_before(source: Path, folder: Path) -> None:
+    """The configurations of the model that it started from: the library names tokens for padding and more."""
+    written = json.loads((folder / "config.json").read_text())
+    how, original = written["quantization_config"], json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**original, "quantization_config": how}, indent=2))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if (source / "generation_config.json").is_file():
+        shutil.copy(source / "generation_config.json", folder)
+
+
+@contextmanager
+def _failing_alive() -> Iterator[None]:
+    """Meanwhile an error in one of the library's threads is raised here; it would end the process without a word."""
+    from gptqmodel.utils.threadx import _DeviceWorker
+
+    abort = _DeviceWorker._abort_process
+    _DeviceWorker._abort_process = lambda *_: None
+    try:
+        yield
+    finally:
+        _DeviceWorker._abort_process = abort
 
 
 def _is_number(value: Any) -> bool:

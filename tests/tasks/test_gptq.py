@@ -231,7 +231,7 @@ class TestMade:
         """Transposed layers with biases."""
         gpt2 = bench.random_model("tiny-gpt2", GPT2, "language")
         stack = f"{method}:samples=2,group_size=32"
-        with bench.live(bench.job(bench.cell("prefill", "fp32", gpt2))) as session:
+        with bench.live(bench.job(bench.cell("prefill", "baseline", gpt2))) as session:
             exact = session.step.logits.float().clone()
         with bench.live(bench.job(bench.cell("prefill", stack, gpt2))) as session:
             evidence = proof(stack, session)
