@@ -88,6 +88,8 @@ def unfit(technique: Technique, cell: Cell) -> str | None:
     odd = [config[key] for key in WIDTHS if isinstance(config.get(key), int) and config[key] % group]
     if odd:
         return f"{name} groups {group} inputs, {cell.model.id} has {odd[0]}"
+    if name == "awq" and not rounds(technique) and model_type(cell.model) == "gpt2":
+        return f"awq cannot scale Conv1D layers, which {cell.model.id} has: gptq can round them, awq:method=rtn too"
     if rounds(technique) and cell.model.source == "random" and model_type(cell.model) == "gpt2":
         return f"{name}:method=rtn makes random linear layers in place, {cell.model.id} has Conv1D layers"
     return None
