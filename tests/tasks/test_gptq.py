@@ -210,9 +210,9 @@ class TestMade:
         assert again["artifact_key"] == calibrated["artifact_key"]
         assert again["artifact_reused"]
         assert 0 < calibrated["kl_divergence"] < rounded["kl_divergence"]
-        noise = 2 * (calibrated["perplexity_stderr"] or 0)
-        assert calibrated["perplexity"] <= rounded["perplexity"] + noise
-        assert 9.4 < calibrated["perplexity"] < 9.9
+        noise = 2 * (calibrated["perplexity_log_ratio_stderr"] + rounded["perplexity_log_ratio_stderr"])
+        assert calibrated["perplexity_log_ratio"] <= rounded["perplexity_log_ratio"] + noise
+        assert abs(calibrated["perplexity_log_ratio"]) < 0.03
         assert json.loads(rounded["evidence"])[f"{method}:method=rtn"]["method"] == "rtn"
 
     def test_nothing_leaks(self, bench: Any, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
