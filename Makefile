@@ -38,7 +38,7 @@ lint: .venv/installed
 
 .venv/backends: .venv/installed $(WHEELS)/llama-cpp
 	$(BIN)/pip install --quiet --constraint constraints.txt --find-links $(WHEELS) \
-		--editable '.[dev,quality,train,kvquant,cluster,ao,gguf,onnx]'
+		--editable '.[dev,quality,train,kvquant,cluster,ao,gptq,gguf,onnx]'
 	touch $@
 
 # 8 CPU-minutes, with gcc, g++ and make; pip brings cmake and ninja. Not for this very processor: such a build is killed

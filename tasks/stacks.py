@@ -6,6 +6,7 @@ import difflib
 
 from tasks.cell import BASELINE, Cell, Scalar, Stack, Technique
 from tasks.device import DeviceInfo
+from tasks.models.packing import quantized_already
 from tasks.optimization import BESIDE_A_RUNTIME, FAMILIES
 from tasks.registry import optimizations, workloads
 
@@ -86,6 +87,9 @@ def unsupported(cell: Cell, device: DeviceInfo) -> str | None:
     reason = workloads()[cell.workload.kind].unsupported(cell, device)
     if reason:
         return reason
+    published = quantized_already(cell.model)
+    if published is not None and published.method not in cell.stack.names():
+        return f"{cell.model.id} is quantized already: its stack must have {published.method}, which loads it as it is"
     known = optimizations()
     for technique in cell.stack.techniques:
         reason = known[technique.name].unsupported(cell, device)

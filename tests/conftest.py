@@ -48,7 +48,7 @@ TINY_RESNET = {
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 _INSTALLABLE = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "gguf", "llama-cpp-python")
-_INSTALLABLE += ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+_INSTALLABLE += ("gptqmodel", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 PACKAGES = {name: found for name in _INSTALLABLE if (found := version(name))}
 INSTANT = "instant"  # a profile for passes inside the test process
 

@@ -38,14 +38,21 @@ class Parameters(Metric):
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Total and trainable parameters. A packed 4-bit weight counts the weights it stands for."""
+    """Total and trainable parameters. A packed weight counts the weights that it stands for."""
     if isinstance(model, RuntimeModel):
         return model.weights.parameters, 0
     packed = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear4bit"}
     total = trainable = 0
+    for module in model.modules():
+        if hasattr(module, "qweight"):  # GPTQModel's layers: words, scales and zero points, none of them a weight
+            bias = module._buffers.get("bias")
+            total += module.in_features * module.out_features + (0 if bias is None else bias.numel())
+            packed |= {id(parameter): None for parameter in module.parameters(recurse=False)}
     for parameter in model.parameters():
-        module = packed.get(id(parameter))
-        count = parameter.numel() if module is None else module.in_features * module.out_features
+        count = parameter.numel()
+        if id(parameter) in packed:
+            module = packed[id(parameter)]
+            count = 0 if module is None else module.in_features * module.out_features
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable

@@ -6,10 +6,12 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import ModelSpec, digest
 from tasks.models.identity import POCKET, ModelError, checkpoint_folder, random_config, refuse_unsafe
+from tasks.models.packing import packing_of
 from tasks.optimization import LoadOptions
 
 if TYPE_CHECKING:
@@ -159,20 +161,31 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     if options.quantization is not None:
         keywords["quantization_config"] = options.quantization
     keywords.pop("linear_factory", None)
-    model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
-    return LoadedModel(model=model, weights="trained", config=config, tokenizer=_tokenizer(where, common))
+    packing = packing_of(config.to_dict())
+    if packing is not None:
+        if folder is None or packing.refusal:
+            raise ModelError(f"{where} is quantized ({packing.description}): {packing.refusal or 'give its folder'}")
+        from tasks.optimizations._packed_checkpoint import load_unpacked
+
+        dtype = torch_dtype(options.dtype or str(config.dtype or "float32").removeprefix("torch."))
+        how = {"dtype": dtype, "device": device, "attention": options.attention}
+        model = load_unpacked(folder, packing, trust_remote_code=spec.trust_remote_code, **how)
+    else:
+        model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+    return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer_of(where, **common))
 
 
-def _tokenizer(where: str, common: dict[str, Any]) -> Any | None:
-    """The checkpoint's own; vision models and bare checkpoints have none."""
+def tokenizer_of(where: str, **keywords: Any) -> Any:
+    """The tokenizer of a checkpoint; None where it has none, as vision models and bare checkpoints."""
     from transformers import AutoTokenizer
 
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in files):
+        return None  # for some model types it would make an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        return AutoTokenizer.from_pretrained(where, **keywords)
     except (OSError, ValueError):
         return None
-    # of some model types a folder without a vocabulary gives a tokenizer that turns any text into nothing
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> LoadedModel:
@@ -201,4 +214,14 @@ def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search
     return LoadedModel(model=model.eval(), weights=None, make_inputs=make_inputs, loss=loss)
 
 
-__all__ = ["POCKET", "LinearFactory", "LoadedModel", "auto_class", "build_random", "hf_config", "load", "torch_dtype"]
+__all__ = [
+    "POCKET",
+    "LinearFactory",
+    "LoadedModel",
+    "auto_class",
+    "build_random",
+    "hf_config",
+    "load",
+    "tokenizer_of",
+    "torch_dtype",
+]

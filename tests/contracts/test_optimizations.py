@@ -35,7 +35,10 @@ DEFAULTS = {"fp32", "dynamic-cache", "sdpa-flash"}
 # Families that need trained weights to be near anything.
 ON_POCKET = {"compression", "pruning", "distillation"}
 # What a technique cannot do without, and options that make what has to be made quickly.
-COMPANIONS = {"cuda-graph": "static-cache+cuda-graph", "distill": "distill:layers=0.2,steps=12"}
+COMPANIONS = {
+    "cuda-graph": "static-cache+cuda-graph", "distill": "distill:layers=0.2,steps=12",
+    "gptq": "gptq:samples=8", "awq": "awq:samples=4",
+}  # fmt: skip
 # What only a CUDA device can prove; tests/gpu does.
 PROVEN_ON_CUDA = {"tf32"}
 # Compilation of a model with it takes minutes on a CPU; the attention kernel alone takes seconds.
