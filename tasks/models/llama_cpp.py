@@ -87,6 +87,7 @@ class LlamaCpp(RuntimeModel):
         import torch
 
         lib = self._lib = library()  # kept: nothing can be imported when the process ends
+        self.contexts: set[int] = set()  # addresses of those that live
         self.file, self.config, self.threads, self.exact = file, config, threads, exact
         self.device, self.dtype = torch.device("cpu"), torch.float32
         parameters = lib.llama_model_default_params()
@@ -98,7 +99,9 @@ class LlamaCpp(RuntimeModel):
         self._alone: LlamaCppState | None = None  # for calls without a state
 
     def __del__(self) -> None:
-        self._alone = None
+        """Contexts go first, whatever order the garbage collector takes."""
+        while getattr(self, "contexts", None):
+            self._lib.llama_free(self.contexts.pop())
         if getattr(self, "handle", None):
             self._lib.llama_model_free(self.handle)
             self.handle = None
@@ -196,12 +199,14 @@ class LlamaCppState(RuntimeState):
         self.handle = lib.llama_init_from_model(model.handle, parameters)
         if not self.handle:
             raise failure(f"no context for {batch} sequences of {positions} positions")
+        self._living = model.contexts
+        self._living.add(self.handle)
         self._memory = lib.llama_get_memory(self.handle)
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
+        if getattr(self, "handle", None) in getattr(self, "_living", ()):
+            self._living.discard(self.handle)
             self._lib.llama_free(self.handle)
-            self.handle = None
 
     def get_seq_length(self) -> int:
         return self._length

@@ -131,8 +131,7 @@ def _mixed(mixture: Mixture, tensor: StoredTensor, layers: int, tied: bool) -> s
     if mixture.base in UNQUANTIZED:
         return mixture.base
     if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
-        fits = tensor.columns % BLOCKS[mixture.base][0] == 0
-        return "Q6_K" if fits and mixture.base != "Q8_0" else "Q8_0"
+        return "Q8_0" if mixture.base == "Q8_0" else "Q6_K"
     block = re.match(r"blk\.(\d+)\.(.+)\.weight", tensor.name)
     if block is None:
         return mixture.base

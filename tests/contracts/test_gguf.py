@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tasks.models.identity import random_config
 from tasks.optimization import Evidence
 from tasks.optimizations._gguf_types import BLOCKS, MIXTURES, bits_of, expected_types, is_matrix, stored_bytes
 from tasks.registry import optimizations
+from tasks.row import Row
 from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 
@@ -195,3 +197,157 @@ def test_same_logits_and_tokens_as_torch(bench: Any, brought: Callable[[str], Mo
         assert evidence.ok, evidence.facts
     with bench.live(bench.job(decode)) as session:
         assert session.step.tokens.equal(expected)
+
+
+@backends
+class TestOnPocket:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def judged(cls, bench: Any) -> Callable[[str], tuple[Any, Evidence, int]]:
+        """Reading, evidence and bytes of pocket in a type; the readings are of the same tokens and questions."""
+        from tasks.quality import judge, make_reference
+
+        known: dict[str, tuple[Any, Evidence, int]] = {}
+
+        def of(type_name: str) -> tuple[Any, Evidence, int]:
+            if type_name not in known:
+                stack = f"gguf:type={type_name}"
+                job = bench.job(bench.cell("prefill", stack, bench.POCKET), quality=True, quality_choices=20)
+                with bench.live(job) as session:
+                    make_reference(Session(job=job, device=session.device, row=Row()))
+                    known[type_name] = judge(session), proof(session, stack), session.model.weights.bytes
+            return known[type_name]
+
+        return of
+
+    @pytest.mark.parametrize(
+        ("type_name", "largest"), [("F32", 1e-5), ("F16", 1e-3), ("Q8_0", 1e-2), ("Q4_K_M", 5e-2), ("Q3_K_M", 0.1)]
+    )
+    def test_perplexity_of_the_reference(self, judged: Callable[[str], Any], type_name: str, largest: float) -> None:
+        reading, evidence, _ = judged(type_name)
+        assert evidence.ok, evidence.facts
+        assert reading.label == "quality"
+        assert abs(reading.perplexity_log_ratio) < largest
+        assert reading.choices == 20
+
+    def test_fewer_bits_are_farther_from_the_reference(self, judged: Callable[[str], Any]) -> None:
+        readings = [judged(name)[0] for name in ("F16", "Q8_0", "Q4_K_M", "Q3_K_M")]
+        apart = [reading.kl_divergence for reading in readings]
+        assert all(2 * less < more for less, more in pairwise(apart)), apart
+        agree = [reading.top1_agreement for reading in readings]
+        assert agree == sorted(agree, reverse=True)
+        assert readings[2].perplexity < readings[3].perplexity
+
+    @pytest.mark.parametrize(
+        ("type_name", "bits"), [("F16", 16.0), ("Q8_0", 8.5), ("Q4_K_M", 4.5 + 2.0625 * 0.22), ("Q3_K_M", 4.18)]
+    )
+    def test_bytes_by_hand(self, judged: Callable[[str], Any], type_name: str, bits: float) -> None:
+        """Every row of pocket is whole blocks of 256; norms are fp32. In Q4_K_M 22 % of the weights have 6 bits."""
+        _, evidence, held = judged(type_name)
+        weights, norms = 2048 * 256 + 5 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 768), 11 * 256
+        assert held == pytest.approx(weights * bits / 8 + 4 * norms, rel=0.01)
+        assert evidence.facts["fallback"] == {}
+        assert evidence.facts["bits_per_weight"] == pytest.approx(evidence.facts["bits_per_weight_by_arithmetic"])
+
+    @pytest.mark.parametrize("type_name", ["F32", "F16"])
+    def test_greedy_tokens_of_torch(self, bench: Any, type_name: str) -> None:
+        axes = {"batch_size": 2, "prompt_tokens": 64, "new_tokens": 32}
+        with bench.live(bench.job(bench.cell("decode", "fp32+eager", bench.POCKET, **axes))) as session:
+            expected = session.step.tokens.clone()
+        with bench.live(bench.job(bench.cell("decode", f"gguf:type={type_name}", bench.POCKET, **axes))) as session:
+            assert session.step.problems() == []
+            assert session.step.tokens.equal(expected)
+            # 2 sequences of 256 positions, 5 layers of 2 heads of 64 numbers for keys and values
+            assert session.step.cache_bytes() == 2 * 256 * 5 * 2 * 2 * 64 * (4 if type_name == "F32" else 2)
+
+    @pytest.mark.parametrize("before", ["prune:what=layers,ratio=0.2", "prune:what=heads,ratio=0.5", "distill"])
+    def test_what_was_made_before_it(self, bench: Any, before: str) -> None:
+        stack = f"{before if before != 'distill' else 'distill:layers=0.4,steps=12'}+gguf:type=Q8_0"
+        with bench.live(bench.job(bench.cell("prefill", stack, bench.POCKET))) as session:
+            for technique, chosen in session.techniques:
+                evidence = technique.evidence(chosen, session)
+                assert evidence.ok, (str(chosen), evidence.facts)
+            assert session.model.sizes()["num_hidden_layers"] == session.loaded.config.num_hidden_layers
+
+    def test_a_stop_check_beside_it(self, bench: Any) -> None:
+        cell = bench.cell("decode", "gguf+sync-check", bench.POCKET, prompt_tokens=16, new_tokens=8, stop="eos")
+        with bench.live(bench.job(cell)) as session:
+            assert session.step.problems() == []
+            for technique, chosen in session.techniques:
+                assert technique.evidence(chosen, session).ok
+
+
+@backends
+def test_what_falls_back_is_counted(bench: Any) -> None:
+    """96 MLP channels are no whole blocks of 256, 64 hidden ones neither: blocks of 32 hold both."""
+    model = bench.random_model(
+        "gguf-narrow", {**random_config(bench.language.reference), "intermediate_size": 96}, "language"
+    )
+    with bench.live(bench.job(bench.cell("prefill", "gguf", model))) as session:
+        evidence = proof(session)
+    assert evidence.ok, evidence.facts
+    assert set(evidence.facts["tensors"]) == {"F32", "Q5_0", "Q8_0"}
+    assert evidence.facts["fallback"] == {key: n for key, n in evidence.facts["tensors"].items() if key != "F32"}
+
+
+@backends
+class TestPretenders:
+    def prove(self, bench: Any, folder: Any, tamper: Callable[[Any], None] | None = None, **live: Any) -> Evidence:
+        job = bench.job(bench.cell("prefill", "gguf", bench.POCKET), artifact_dir=str(folder))
+        with bench.live(job, **live) as session:
+            if tamper is not None:
+                tamper(session)
+            return proof(session)
+
+    @pytest.mark.parametrize("code", [1, 14], ids=["F16", "Q4_K_S"])
+    def test_another_type_under_its_label(
+        self, bench: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        import gguf
+
+        from tasks.models import llama_cpp
+
+        really = llama_cpp.quantize
+
+        def pretend(source: Any, target: Any, wanted: int, threads: int) -> None:
+            really(source, target, code, threads)
+            reader = gguf.GGUFReader(target, "r+")
+            reader.fields["general.file_type"].parts[-1][0] = wanted
+            reader.data.flush()
+
+        monkeypatch.setattr(llama_cpp, "quantize", pretend)
+        evidence = self.prove(bench, tmp_path)
+        assert not evidence.ok
+        assert evidence.facts["in_another_type"]
+
+    def test_another_file(self, bench: Any, tmp_path: Any) -> None:
+        """What is loaded must be what the artifact is, not a file of the same types."""
+
+        def swap(session: Session) -> None:
+            from tasks.models.gguf_file import write_gguf
+            from tasks.models.llama_cpp import LlamaCpp, quantize
+
+            other = bench.job(bench.cell("prefill", "baseline", bench.POCKET))
+            with bench.live(other) as plain:
+                write_gguf(plain.model, tmp_path / "exact.gguf", "another")
+            quantize(tmp_path / "exact.gguf", tmp_path / "other.gguf", 15, 1)
+            session.loaded = replace(
+                session.loaded, model=LlamaCpp(tmp_path / "other.gguf", session.model.config, threads=1)
+            )
+            session.model(input_ids=session.step._inputs[0])
+
+        evidence = self.prove(bench, tmp_path / "store", swap)
+        assert not evidence.ok
+        assert evidence.facts["same"] == {"key": False, "file": False, "bytes": True, "parameters": True}
+
+    def test_other_threads(self, bench: Any, tmp_path: Any, torch_settings: None) -> None:
+        import torch
+
+        assert self.prove(bench, tmp_path).ok
+        assert not self.prove(bench, tmp_path, lambda _session: torch.set_num_threads(2)).ok
+
+    @pytest.mark.parametrize("applied", ["baseline", "gguf:type=Q8_0"])
+    def test_another_stack(self, bench: Any, tmp_path: Any, applied: str) -> None:
+        evidence = self.prove(bench, tmp_path, applied=applied)
+        assert not evidence.ok
+        assert evidence.facts

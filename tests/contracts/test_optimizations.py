@@ -215,7 +215,8 @@ def slow_if(condition: bool, *values: str) -> Any:
 def marks_of(*names: str) -> list[Any]:
     """Techniques that run on a CPU, and whose package an extra installs, are for make test-backends."""
     needs = [optimizations()[name].needs for name in names if name in TECHNIQUES]
-    return [pytest.mark.backends] if any(item.extra and item.packages and not item.devices for item in needs) else []
+    here = [item for item in needs if not item.devices or "cpu" in item.devices]
+    return [pytest.mark.backends] if any(item.extra and item.packages for item in here) else []
 
 
 @pytest.mark.usefixtures("torch_settings")
@@ -337,7 +338,7 @@ class TestPretenders:
         [
             pytest.param(n, marks=marks_of(n))
             for n in TECHNIQUES
-            # another runtime's layers are its file's: its own tests change that
+            # what another runtime holds cannot be changed from here: their own tests have files that pretend
             if optimizations()[n].family == "compression" and not optimizations()[n].runtime
         ],
     )
