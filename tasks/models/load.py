@@ -165,7 +165,7 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
     if packing is not None:
         if folder is None or packing.refusal:
             raise ModelError(f"{where} is quantized ({packing.description}): {packing.refusal or 'give its folder'}")
-        from tasks.optimizations._packed_checkpoint import load_unpacked
+        from tasks.models.packed_checkpoint import load_unpacked
 
         dtype = torch_dtype(options.dtype or str(config.dtype or "float32").removeprefix("torch."))
         how = {"dtype": dtype, "device": device, "attention": options.attention}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import text_content
 from tasks.models.identity import checkpoint_folder
+from tasks.models.packed import Codes, round_to_nearest
+from tasks.models.packed_checkpoint import load_packed, write_packed
 from tasks.models.packing import Packing, quantized_already
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.optimizations import _gptq_kernels as kernels
@@ -25,8 +27,6 @@ from tasks.optimizations._gptq_plan import (
     unfit,
     unlike,
 )
-from tasks.optimizations._packed import Codes, round_to_nearest
-from tasks.optimizations._packed_checkpoint import load_packed, write_packed
 from tasks.stacks import option
 
 if TYPE_CHECKING:

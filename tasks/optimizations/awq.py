@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.packed import Codes, awq_tensors
 from tasks.optimizations._gptq_plan import RTN
 from tasks.optimizations._gptqmodel import GROUPS, OPTIONS, GptqModel
-from tasks.optimizations._packed import Codes, awq_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -51,7 +51,7 @@ class TestLayout:
         """Codes 0..7 along the inputs: 0x76543210. AWQ's order along the outputs: 0, 2, 4, 6, 1, 3, 5, 7."""
         import torch
 
-        from tasks.optimizations._packed import Codes, awq_tensors, gptq_tensors
+        from tasks.models.packed import Codes, awq_tensors, gptq_tensors
 
         counted = torch.arange(8, dtype=torch.int32)
         flat = {"scales": torch.ones(8, 1), "zeros": torch.full((8, 1), 8, dtype=torch.int32)}
@@ -65,7 +65,7 @@ class TestLayout:
     def test_there_and_back(self, method: str, bits: int, bound: float) -> None:
         import torch
 
-        from tasks.optimizations import _packed as packed
+        from tasks.models import packed
 
         torch.manual_seed(0)
         weight = torch.randn(48, 256) + 0.3 * (method == "awq")

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.packed import WORD, awq_weight, gptq_weight
 from tasks.models.packing import Packing
 from tasks.optimization import Unsupported
-from tasks.optimizations._packed import WORD, awq_weight, gptq_weight
 
 if TYPE_CHECKING:
     import torch
