@@ -44,6 +44,11 @@ for part in "$@"; do
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs 12
         ;;
+    systematic)
+        limited 240 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
+        sweep "${SWEEP_S:-300}" systematic systematic --set scale=gpu --set "models=[{id: gpt2-size, path: $out/trained}]"
+        sweep "${SWEEP_S:-300}" systematic systematic-8b --set scale=8b
+        ;;
     two) # on a host with two cards
         sweep 240 aa-gpu parallel --parallel-gpus --only "workload=attention|prefill"
         CUDA_VISIBLE_DEVICES=0 sweep 200 aa-gpu gpu0 --only "workload=attention|prefill"
