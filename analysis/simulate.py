@@ -77,7 +77,8 @@ def _median_error(scenario: Scenario, shape: tuple[int, ...], rng: np.random.Gen
     for step in range(scenario.samples):
         series[..., step] = state
         state = np.float32(scenario.correlation) * state + innovation * rng.standard_normal(shape, dtype=np.float32)
-    return scenario.sample_noise * np.median(series, axis=-1).astype(np.float64)
+    medians: Floats = np.median(series, axis=-1).astype(np.float64)
+    return scenario.sample_noise * medians
 
 
 def verdicts_of(scenario: Scenario, repetitions: int, rng: np.random.Generator) -> tuple[Judgement, float]:
