@@ -78,7 +78,9 @@ def check_trains(bench: Any, stack: str) -> None:
             assert evidence.ok, (name, evidence.facts)
 
 
-@pytest.mark.parametrize("stack", TRAINING)
+@pytest.mark.parametrize(
+    "stack", [stack if stack in ("fp32", "bf16") else pytest.param(stack, marks=pytest.mark.slow) for stack in TRAINING]
+)
 def test_trains(bench: Any, stack: str) -> None:
     check_trains(bench, stack)
 
@@ -466,6 +468,8 @@ class TestLora:
         """peft imports it where it is installed; its import changes the process."""
         import sys
 
+        for name in [name for name in sys.modules if name.partition(".")[0] == "gptqmodel"]:
+            monkeypatch.delitem(sys.modules, name)  # another test of this process may have imported it
         (tmp_path / "gptqmodel.py").write_text("raise AssertionError('imported')")
         monkeypatch.syspath_prepend(tmp_path)
         with bench.live(job_for(bench, "fp32+lora")):

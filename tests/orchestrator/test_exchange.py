@@ -85,6 +85,7 @@ def stores(tmp_path: Path, cluster: Any) -> Iterator[list[tuple[Any, Path]]]:
         cluster.kill(node)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_made_on_one_node_and_used_on_both(
     cluster: Any, stores: list[tuple[Any, Path]], command: Any, sweep_file: Any, tmp_path: Path, tools: Any

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TAGS = ("a100", "rtx3090", "rtx4060", "cpu")
 SWEEP = """
 name: heterogeneous

@@ -15,6 +15,8 @@ from tasks.models.load import load
 from tasks.models.pocket_model import SIZES, build_model
 from tasks.optimization import LoadOptions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SENTINEL = "hf_sentinel_abcdef0123456789"
 PASSWORD = "sentinel-correct-horse"

@@ -18,6 +18,8 @@ from tasks.models import identity
 from tasks.registry import optimizations
 from tasks.supervisor import Supervisor
 
+pytestmark = pytest.mark.slow
+
 # `shrunk` keeps the first layers of the model, and does as its option `end` says. `rounded` starts from what is there.
 BROUGHT = """
 import os, time

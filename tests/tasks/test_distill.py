@@ -17,6 +17,8 @@ from tasks.optimizations.distill import _loss
 from tasks.row import Row
 from tasks.session import Session
 
+pytestmark = pytest.mark.slow
+
 
 def distilled(bench: Any, options: str) -> Any:
     import torch

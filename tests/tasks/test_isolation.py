@@ -19,6 +19,8 @@ from tasks.job import CellJob
 from tasks.row import Row
 from tasks.supervisor import Supervisor
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
 import ctypes, os, re, signal, subprocess, sys, time, pathlib

@@ -18,6 +18,8 @@ from tasks.row import Row
 from tasks.session import Session
 from tasks.stacks import unsupported
 
+pytestmark = pytest.mark.slow
+
 BEFORE = Sizes(mlp=128, heads=2, layers=3)
 
 
