@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -464,16 +468,29 @@ class TestLora:
         theirs = gradients(bench, f"{precision}+lora")
         assert distance(gradients(bench, f"{precision}+lora+{stack}"), theirs) < ROUNDING
 
-    def test_gptqmodel_stays_out(self, bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-        """peft imports it where it is installed; its import changes the process."""
-        import sys
-
-        for name in [name for name in sys.modules if name.partition(".")[0] == "gptqmodel"]:
-            monkeypatch.delitem(sys.modules, name)  # another test of this process may have imported it
+    def test_gptqmodel_stays_out(self, tmp_path: Path) -> None:
+        """peft imports it where it is installed; its import changes the process. In a process of its own, therefore."""
         (tmp_path / "gptqmodel.py").write_text("raise AssertionError('imported')")
-        monkeypatch.syspath_prepend(tmp_path)
-        with bench.live(job_for(bench, "fp32+lora")):
-            assert "gptqmodel" not in sys.modules
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        code = """if True:
+            import sys
+            from pathlib import Path
+            from tests.conftest import Bench
+            from tests.contracts.test_training import job_for
+            bench = Bench(Path(sys.argv[1]))
+            with bench.live(job_for(bench, "fp32+lora")) as session:
+                adapted = [name for name, _ in session.model.named_modules() if name.endswith("lora_A")]
+            print(len(adapted), "gptqmodel" in sys.modules)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert done.returncode == 0, done.stderr
+        adapted, imported = done.stdout.split()[-2:]
+        assert (int(adapted) > 0, imported) == (True, "False")
 
     def test_rounded_norms_are_caught(self, bench: Any) -> None:
         with bench.live(job_for(bench, "bf16+nf4+lora")) as session:
