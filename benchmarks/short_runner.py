@@ -63,8 +63,8 @@ class EmptyRunner:
     def prepare(self, device: dict[str, Any], cpus: list[int], known: dict[str, Any] | None) -> dict[str, Any]:
         return {"cpus": []}
 
-    def measure(self, text: str) -> str:
-        job = json.loads(text)
+    def measure(self, given: bytes) -> bytes:
+        job = json.loads(given)
         named = ("cell_id", "sweep", "round", "block_id", "result_key", "run_id", "attempt")
         cell = job["cell"]
         row = {name: job[name] for name in named} | {
@@ -72,7 +72,7 @@ class EmptyRunner:
             "workload_point": cell["workload"]["kind"], "outcome": "ok",
             "optimization": "+".join(item["name"] for item in cell["stack"]),
         }  # fmt: skip
-        return json.dumps({"row": row, "samples": []})
+        return json.dumps({"row": row, "samples": []}).encode()
 
     def close(self) -> None:
         """Nothing to tidy up."""

@@ -206,7 +206,7 @@ class Dispatcher:
             self._heed(slot, answer)
 
     def _heed(self, slot: BenchSlot, answer: Any) -> None:
-        """An answer of the slot's runner: a dictionary about its node, or the JSON text of a finished run."""
+        """An answer of the slot's runner: a dictionary about its node, or the JSON of a finished run."""
         if slot.phase is Phase.STARTING:
             bind(slot, answer["accelerators"], list(self.slots.values()))
             slot.prepare()

@@ -18,6 +18,8 @@ from tasks.artifacts import ArtifactSpec
 from tasks.sharing import Alone, Part, parts, receive, sending, undisturbed
 
 POLL_S = 1.0
+# Who waits for an artifact asks this often at the least: others that have failed to make it let those go first.
+ASKS_S = 3 * POLL_S
 ANSWER_S = 30.0
 # What a run may have to wait while its node sends something, before it begins.
 SENDING_S = 600.0
@@ -26,11 +28,14 @@ _IN_FLIGHT = 4  # chunks that a sender is ahead of its receiver
 
 @dataclass(kw_only=True)
 class Known:
-    """Of one artifact: the couriers of nodes that have it, and which node makes it until when."""
+    """Of one artifact: the couriers of nodes that have it, which node makes it until when, which nodes could not, and
+    when each asked for it last."""
 
     holders: dict[str, Any] = field(default_factory=dict)
     maker: str | None = None
     until: float = 0.0
+    failed: set[str] = field(default_factory=set)
+    asked: dict[str, float] = field(default_factory=dict)
     given: int = 0
 
 
@@ -40,32 +45,50 @@ class Exchange:
     def __init__(self) -> None:
         self._known: dict[str, Known] = {}
 
-    def claim(self, key: str, node: str, limit_s: float) -> tuple[str, str | None, Any]:
-        """What `node` is to do about an artifact that it lacks: `("fetch", holder, courier)`, `("wait", maker, None)`
-        or `("make", None, None)`, which nobody else is told for the next `limit_s`."""
+    def claim(self, key: str, node: str, limit_s: float, able: bool = True) -> tuple[str, str | None, Any]:
+        """What `node` is to do about an artifact that it lacks.
+
+        `("fetch", holder, courier)`, `("wait", maker, None)`, `("make", None, None)`, which nobody else is told for the
+        next `limit_s`, or `("lack", None, None)` where it is not `able` to make it and nobody else is about to.
+        """
         known = self._known.setdefault(key, Known())
+        now = time.monotonic()
+        known.asked[node] = now
         holders = [holder for holder in known.holders if holder != node]
         if holders:
             known.given += 1
             holder = holders[known.given % len(holders)]
             return "fetch", holder, known.holders[holder]
-        if known.maker not in (None, node) and time.monotonic() < known.until:
+        if known.maker not in (None, node) and now < known.until:
             return "wait", known.maker, None
-        known.maker, known.until = node, time.monotonic() + limit_s
+        others = {other for other, at in known.asked.items() if other != node and now - at < ASKS_S} - known.failed
+        if others and (node in known.failed or not able):
+            return "wait", None, None
+        if not able:
+            del known.asked[node]
+            return "lack", None, None
+        known.maker, known.until = node, now + limit_s
         return "make", None, None
 
     def keep(self, key: str, node: str, courier: Any) -> None:
         """`node` has it."""
         known = self._known.setdefault(key, Known())
         known.holders[node] = courier
+        known.failed.discard(node)
         if known.maker == node:
             known.maker = None
 
+    def fail(self, key: str, node: str) -> None:
+        """`node` could not make it: others that need it try before it tries again."""
+        self.drop(key, node)
+        self._known.setdefault(key, Known()).failed.add(node)
+
     def drop(self, key: str, node: str) -> None:
-        """`node` has it no longer, or could not make it."""
+        """`node` has it no longer."""
         known = self._known.get(key)
         if known is not None:
             known.holders.pop(node, None)
+            known.asked.pop(node, None)
             known.maker = None if known.maker == node else known.maker
 
     def forget(self, node: str) -> None:
@@ -96,15 +119,15 @@ class Shared(Alone):
         self._node: str = ray.get_runtime_context().get_node_id()
         self._courier = _on(self._node, Courier).remote(str(root))
 
-    def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float) -> None:
+    def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float, *, able: bool = True) -> None:
         import ray
 
         deadline = time.monotonic() + limit_s
         with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             while time.monotonic() < deadline:
-                claim = self._exchange.claim.remote(spec.key, self._node, limit_s)
+                claim = self._exchange.claim.remote(spec.key, self._node, limit_s, able)
                 what, holder, courier = ray.get(claim, timeout=ANSWER_S)
-                if what == "make":
+                if what in ("make", "lack"):
                     return
                 if what == "wait":
                     time.sleep(POLL_S)
@@ -117,7 +140,7 @@ class Shared(Alone):
         self._exchange.keep.remote(spec.key, self._node, self._courier)
 
     def failed(self, spec: ArtifactSpec) -> None:
-        self._exchange.drop.remote(spec.key, self._node)
+        self._exchange.fail.remote(spec.key, self._node)
 
     def undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self._root)

@@ -61,11 +61,11 @@ class Runner:
         }  # fmt: skip
         return {**facts, "cpus": list(affinity)}
 
-    def measure(self, job: str) -> str:
+    def measure(self, job: bytes) -> bytes:
         """One run of one cell, JSON both ways: a job as `slots.to_wire` writes it, then `{"row", "samples"}`.
 
-        Text, so that what a measured process left is never unpickled by the driver. Raises only when the supervisor
-        itself cannot go on.
+        No objects, so that what a measured process left is never unpickled by the driver. Raises only when the
+        supervisor itself cannot go on.
         """
         if self._supervisor is None:
             raise RuntimeError("the runner was not prepared")
@@ -75,7 +75,7 @@ class Runner:
         local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
         here = CellJob.from_dict({**given, **self._slot, **local})
         result = self._supervisor.measure(here)
-        return json.dumps({"row": result.row, "samples": result.samples})
+        return json.dumps({"row": result.row, "samples": result.samples}).encode()
 
     def close(self) -> None:
         """End every process of the slot and remove its files."""

@@ -14,6 +14,7 @@ from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
 from tasks.artifacts import makers
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
+from tasks.quality import reference_s
 
 STARTING_S = 120.0
 PREPARING_S = 480.0
@@ -137,20 +138,21 @@ class BenchSlot:
         self.deadline = self.since + limit_s
 
 
-def to_wire(job: CellJob, *, compile_cold: bool) -> str:
-    """A job for a runner, as JSON: what it knows of its slot already is left out."""
+def to_wire(job: CellJob, *, compile_cold: bool) -> bytes:
+    """A job for a runner, as JSON in bytes, which Ray sends as they are: what it knows of its slot is left out."""
     own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
     own |= {"cell": job.cell.to_dict(), "cell_id": job.cell.cell_id, "compile_cold": compile_cold}
-    return json.dumps(own)
+    return json.dumps(own).encode()
 
 
 def limit_s(job: CellJob, *, shared: bool = False) -> float:
     """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts.
 
-    With other nodes (`shared`) it may wait in vain for what another makes, and for its own node to have sent.
+    With other nodes (`shared`) it may wait in vain for what another makes, for a reference once more after its own
+    device could not, and for its own node to have sent.
     """
-    making_s = job.artifact_timeout_s * makers(job)
-    return job.timeout_s * (2 if job.quality else 1) + (2 * making_s + SENDING_S if shared else making_s)
+    making_s, judging_s = job.artifact_timeout_s * makers(job), reference_s(job)
+    return job.timeout_s + (2 * making_s + 3 * judging_s + SENDING_S if shared else making_s + judging_s)
 
 
 def bind(slot: BenchSlot, given: list[str], slots: Sequence[BenchSlot]) -> None:

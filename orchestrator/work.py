@@ -265,18 +265,24 @@ class SweepWork:
         )  # fmt: skip
 
     def _job(self, group: _GroupWork, block: Block, cell: Cell, order: int, slot: BenchSlot) -> CellJob:
-        sweep = self._settings.sweep
         return CellJob(
-            sweep=sweep.name, cell=cell, hardware_requested=group.planned[cell.cell_id].hardware_requested,
-            device=slot.device, profile=sweep.profile, round=block.round, block_id=block.block_id,
-            order_in_round=order, result_key=self._keys.key(cell, slot.node, slot.device),
-            run_id=self._settings.run_id, attempt=self._attempts.get(cell.cell_id, 0) + 1,
-            timeout_s=sweep.limits.cell_timeout_s, artifact_timeout_s=sweep.limits.artifact_timeout_s,
-            memory_budget_bytes=sweep.limits.memory_budget_bytes,
-            executed=group.executed, quality=sweep.quality.enabled and cell.cell_id not in self._quality_known,
-            **sweep.quality.job_fields(),
-            search_path=sweep.search_path, seed=sweep.seed,
+            cell=cell, hardware_requested=group.planned[cell.cell_id].hardware_requested, device=slot.device,
+            round=block.round, block_id=block.block_id, order_in_round=order,
+            result_key=self._keys.key(cell, slot.node, slot.device),
+            attempt=self._attempts.get(cell.cell_id, 0) + 1, executed=group.executed,
+            quality=self._settings.sweep.quality.enabled and cell.cell_id not in self._quality_known,
+            **self._same_in_all_jobs,
         )  # fmt: skip
+
+    @cached_property
+    def _same_in_all_jobs(self) -> dict[str, Any]:
+        sweep = self._settings.sweep
+        return {
+            "sweep": sweep.name, "profile": sweep.profile, "run_id": self._settings.run_id, "seed": sweep.seed,
+            "timeout_s": sweep.limits.cell_timeout_s, "artifact_timeout_s": sweep.limits.artifact_timeout_s,
+            "memory_budget_bytes": sweep.limits.memory_budget_bytes, "search_path": sweep.search_path,
+            **sweep.quality.job_fields(),
+        }  # fmt: skip
 
     def _settle(self, planned: PlannedCell, outcome: Outcome, reason: str) -> None:
         """The row of a cell that is not run, unless its rows say so already."""

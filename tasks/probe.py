@@ -90,7 +90,7 @@ def probe(
     seen = [(_cuda(card), card) for card in (gpus() if cards is None else cards)]
     found = [device for device, _ in seen if device]
     free = host.free_memory_bytes()
-    cpu = _cpu()
+    cpu = host_cpu()
     packages = cpu.packages
     simulated: list[DeviceInfo] = []
     if declared_tag and declared_gpus and not found:
@@ -142,7 +142,8 @@ def _free(card: Gpu) -> int | None:
     return None if total is None or used is None else total - used
 
 
-def _cpu() -> DeviceInfo:
+def host_cpu() -> DeviceInfo:
+    """The CPU of this node as a bench slot."""
     return DeviceInfo(
         kind="cpu",
         name=host.cpu_info()["model"],

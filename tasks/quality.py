@@ -1,10 +1,12 @@
 """Quality of a stack against the unoptimised fp32 model on the same tokens: perplexity, divergence, agreement, choices.
 
-The reference (fp32, TF32 off, written-out attention) is made once per node and kept: its log-probabilities over the
-whole vocabulary in fp32, since storing logits in bf16 alone fakes 2 % of disagreements. Windows of up to 512 tokens
-follow each other in the held-out text, and only their second half is scored, as llama.cpp does. Everything is paired:
-the same tokens, so that the difference is known far better than either value. Random weights have no quality: their
-figures say how faithful a stack is, nothing more.
+The reference (fp32, TF32 off, written-out attention) is made once and kept: its log-probabilities over the whole
+vocabulary in fp32, since storing logits in bf16 alone fakes 2 % of disagreements. Whichever device made it first
+serves all others, also those whose memory could not hold the fp32 model: between devices it differs by the rounding of
+fp32 sums, as it does between batch shapes (the floor). Random weights are drawn on the device, so each kind of device
+has a reference of its own. Windows of up to 512 tokens follow each other in the held-out text, and only their second
+half is scored, as llama.cpp does. Everything is paired: the same tokens, so that the difference is known far better
+than either value. Random weights have no quality: their figures say how faithful a stack is, nothing more.
 
 Here are the reference, the reading and their keeping; what is compared is in `quality_text`, `quality_choices`,
 `quality_images` and `quality_tasks` beside it.
@@ -16,7 +18,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.artifacts import Artifact, ArtifactSpec, find, make
 from tasks.cell import digest
@@ -24,6 +26,7 @@ from tasks.choices import ChoicesError, content_hash
 from tasks.environment import version
 from tasks.metric import Missing
 from tasks.models.identity import job_checkpoint
+from tasks.probe import host_cpu
 from tasks.quality_choices import answer, answer_floor, compare_answers, questions
 from tasks.quality_images import compare_images, image_logits
 from tasks.quality_tasks import run_tasks
@@ -54,6 +57,7 @@ class QualityReading:
 
     label: str  # quality, or fidelity for random weights
     reference: str
+    reference_device: str
     scored: int
     top1_agreement: float
     top1_agreement_stderr: float | None
@@ -93,11 +97,31 @@ def reference_spec(job: CellJob) -> ArtifactSpec:
             "choices": job.quality_choices,
             "choices_file": content_hash(job.quality_choices_file),
             "seed": job.seed,
-            "device": job.device.name,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "device": None if portable(job) else job.device.name,
+            # builds for other devices (2.13.0+cpu) are one version
+            "versions": {name: (version(name) or "").partition("+")[0] for name in ("torch", "transformers")},
             "version": VERSION,
         },
     )
+
+
+def portable(job: CellJob) -> bool:
+    """Whether a reference serves other devices too: weights that are drawn are drawn by a device's own generator."""
+    return job.cell.model.source != "random"
+
+
+def reference_places(job: CellJob) -> list[CellJob]:
+    """The job on its own device, then on its host's CPU, whose memory is mostly larger, if that gives the same."""
+    return [job, replace(job, device=host_cpu())] if _host_can(job) else [job]
+
+
+def reference_s(job: CellJob) -> float:
+    """Seconds that making the job's reference may take, everywhere it is tried."""
+    return job.timeout_s * (job.quality + (job.quality and _host_can(job)))
+
+
+def _host_can(job: CellJob) -> bool:
+    return job.device.kind != "cpu" and portable(job)
 
 
 def make_reference(session: Session) -> tuple[Artifact, bool]:
@@ -129,7 +153,7 @@ def judge(session: Session) -> QualityReading | Missing:
     root = Path(job.artifact_dir)
     found = find(reference_spec(job), root)
     if found is None:
-        return Missing(reason="the fp32 reference could not be made on this node: see the log")
+        return Missing(reason="no node could make the fp32 reference of this model: see the log")
     tasks = [job.quality_tasks, job.quality_tasks_path, job.quality_tasks_limit]
     name = digest([job.run_id, judged_stack(job), job.device.uuid, *tasks])
     kept = root / "readings" / f"{found.spec.key}-{name}.json"
@@ -153,12 +177,13 @@ def _judge(session: Session, found: Artifact) -> QualityReading:
     import torch
     from safetensors.torch import load_file
 
-    reference, name = load_file(found.folder / FILE), found.spec.key
+    reference = load_file(found.folder / FILE)
     label = "quality" if _trained(session) else "fidelity"
+    known: dict[str, Any] = {"label": label, "reference": found.spec.key, "reference_device": found.manifest.device}
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         if _vision(session):
             fields = compare_images(image_logits(session), reference["logits"])
-            return QualityReading(label=label, reference=name, **fields)
+            return QualityReading(**known, **fields)
         fields = compare_text(text_outputs(session, windows(session), BATCH), reference, _trained(session))
         reasons: dict[str, str] = {}
         try:
@@ -172,7 +197,7 @@ def _judge(session: Session, found: Artifact) -> QualityReading:
             reasons["lm_eval"] = answered.reason
         else:
             fields["lm_eval"] = answered
-    return QualityReading(label=label, reference=name, reasons=reasons, **fields)
+    return QualityReading(**known, reasons=reasons, **fields)
 
 
 def _vision(session: Session) -> bool:

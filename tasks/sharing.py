@@ -22,8 +22,11 @@ Part = tuple[str, bytes]
 class Alone:
     """How a supervisor gets artifacts from elsewhere: it does not. Also the interface of those that do."""
 
-    def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float) -> None:
-        """Return when the artifact was copied into `root`, or when it is up to this node to make it."""
+    def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float, *, able: bool = True) -> None:
+        """Return when the artifact was copied into `root`, or when it is up to this node to make it.
+
+        A node that is not `able` to make it returns when nobody else has it or makes it, too.
+        """
 
     def made(self, spec: ArtifactSpec) -> None:
         """The artifact lies whole in this node's store."""

@@ -13,7 +13,7 @@ from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
 from tasks.models.identity import checkpoint_hash
-from tasks.quality import reference_spec
+from tasks.quality import reference_places, reference_s, reference_spec
 from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
 from tasks.sharing import Alone
@@ -66,7 +66,7 @@ class Supervisor:
             needed, reference = wanted(job), _reference(job)
         except Exception as error:  # a checkpoint or calibration text that is not there
             return RunResult(row=_unreadable(job, error).to_dict())
-        failure = self._make_artifacts(job, needed, reference)
+        failure = self._have_made(job, needed, reference)
         if failure is not None:
             return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
@@ -82,7 +82,7 @@ class Supervisor:
             row["flags"] = [*row["flags"], "executed_instead"]  # the server refused to fork: unlike the others
         return RunResult(row=row, samples=done.result["samples"])
 
-    def _make_artifacts(self, job: CellJob, needed: list[Wanted], reference: ArtifactSpec | None) -> Row | None:
+    def _have_made(self, job: CellJob, needed: list[Wanted], reference: ArtifactSpec | None) -> Row | None:
         """Have what the stack needs made, and the quality reference; the row of a cell that can have no artifact."""
         for item in needed:
             failure = self._ensure(item.spec, job, item.technique)
@@ -93,34 +93,45 @@ class Supervisor:
         return None
 
     def _ensure(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None = None) -> Row | None:
-        """Have it made in a process of its own, never beside another model, unless it is there and whole."""
+        """Have it in the store, whole: found there, copied from another node, or made. Without `technique` it is the
+        quality reference."""
         root = Path(job.artifact_dir)
-        if spec.key in self._impossible:
-            return self._impossible[spec.key]
         if spec.key in self._verified and find(spec, root) is not None:
             return None
-        if technique is not None and find(spec, root, content=True) is None:
-            self._sharing.obtain(spec, root, job.artifact_timeout_s)
-        if find(spec, root, content=True) is None:
-            payload = {"job": replace(job, memory_budget_bytes=None).to_dict(), "maker": spec.maker}
-            known = optimizations()[technique.name] if technique else None
-            done = self._isolation.run(
-                "artifact",
-                payload,
-                timeout_s=job.artifact_timeout_s if technique else job.timeout_s,
-                executed=known is not None and known.executed,
-                environment=known.environment(technique) if known and technique else {},
-            )
-            if done.result is None or "outcome" in done.result:
-                clear_interrupted(spec, root)
-                self._sharing.failed(spec)
-                limited = replace(job, timeout_s=job.artifact_timeout_s)
-                self._impossible[spec.key] = row = _obituary(limited, done)
-                row.set(**(done.result or {}))
-                return row
-        self._verified.add(spec.key)
-        self._sharing.made(spec)
-        return None
+        able = spec.key not in self._impossible
+        limit_s = job.artifact_timeout_s if technique else reference_s(job)
+        for attempt in reference_places(job) if able and not technique else [job]:
+            if find(spec, root, content=True) is None:
+                self._sharing.obtain(spec, root, limit_s, able=able)
+            if find(spec, root, content=True) is None:
+                failure = self._make(spec, attempt, technique) if able else self._impossible[spec.key]
+                if failure is not None:
+                    self._impossible[spec.key] = failure
+                    continue
+            self._verified.add(spec.key)
+            self._sharing.made(spec)
+            return None
+        return self._impossible[spec.key]
+
+    def _make(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None) -> Row | None:
+        """Make it in a process of its own, never beside another model; the row of what became of it otherwise."""
+        payload = {"job": replace(job, memory_budget_bytes=None).to_dict(), "maker": spec.maker}
+        known = optimizations()[technique.name] if technique else None
+        limit_s = job.artifact_timeout_s if technique else job.timeout_s
+        done = self._isolation.run(
+            "artifact",
+            payload,
+            timeout_s=limit_s,
+            executed=known is not None and known.executed,
+            environment=known.environment(technique) if known and technique else {},
+        )
+        if done.result is not None and "outcome" not in done.result:
+            return None
+        clear_interrupted(spec, Path(job.artifact_dir))
+        self._sharing.failed(spec)
+        row = _obituary(replace(job, timeout_s=limit_s), done)
+        row.set(**(done.result or {}))
+        return row
 
     def close(self) -> None:
         self._isolation.close()

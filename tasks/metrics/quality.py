@@ -53,6 +53,7 @@ class Quality(Metric):
         ),
         Column(name="quality_label", type="string", doc="quality, or fidelity where weights are random"),
         Column(name="quality_reference", type="string", doc="hash of what it was compared with"),
+        Column(name="quality_reference_device", type="string", doc="device that made what it was compared with"),
         Column(
             name="quality_path",
             type="string",
@@ -71,6 +72,7 @@ class Quality(Metric):
             "quality_choices": reading.choices,
             "quality_label": reading.label,
             "quality_reference": reading.reference,
+            "quality_reference_device": reading.reference_device,
             "quality_path": "whole sequences, not compiled, without KV cache",
         }
 

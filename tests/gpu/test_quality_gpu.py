@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks.artifacts import find
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.models.text import TEXT_DIR, multiple_choice
-from tasks.quality import QualityReading, judge, make_reference
+from tasks.probe import host_cpu
+from tasks.quality import QualityReading, judge, make_reference, reference_spec
 from tasks.quality_choices import answer
+from tasks.supervisor import Supervisor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 
@@ -90,3 +94,22 @@ def test_tasks_on_the_card(bench: Any, card: DeviceInfo, folder: Path, torch_set
     figure = json.loads(reading.lm_eval)["lines"]["acc_norm"]
     assert figure["n"] == reading.choices == 200
     assert figure["value"] == pytest.approx(reading.accuracy, abs=0.011)
+
+
+def test_a_full_card_leaves_the_reference_to_its_host(bench: Any, card: DeviceInfo, tmp_path: Path) -> None:
+    import torch
+
+    cell = bench.cell("prefill", "bf16", bench.POCKET)
+    asked = bench.job(cell, device=card, artifact_dir=str(tmp_path / "store"), quality=True, quality_tokens=1024)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(max(free - 64 * 2**20, 0), dtype=torch.uint8, device="cuda")
+    with closing(Supervisor(card, cpus=bench.CPUS, log_path=tmp_path / "log", work_dir=tmp_path)) as slot:
+        assert slot.measure(asked).row["outcome"] != "ok"
+        found = find(reference_spec(asked), tmp_path / "store")
+        assert found is not None and found.manifest.device == host_cpu().name
+        del taken
+        torch.cuda.empty_cache()
+        row = slot.measure(asked).row
+    assert row["quality_reference_device"] == host_cpu().name
+    assert 0 < row["kl_divergence"] < 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,26 @@ class TestExchange:
     def test_who_cannot_make_it_leaves_it_to_another(self) -> None:
         exchange = Exchange()
         exchange.claim("k", "small", 100.0)
-        exchange.drop("k", "small")
+        assert exchange.claim("k", "large", 100.0)[0] == "wait"
+        exchange.fail("k", "small")
+        assert exchange.claim("k", "small", 100.0)[0] == "wait", "the other is about to ask again"
         assert exchange.claim("k", "large", 100.0)[0] == "make"
+        exchange.fail("k", "large")
+        assert exchange.claim("k", "small", 100.0)[0] == "make", "both have failed: each may try in another way"
+
+    def test_who_failed_alone_may_try_in_another_way(self) -> None:
+        exchange = Exchange()
+        exchange.claim("k", "small", 100.0)
+        exchange.fail("k", "small")
+        assert exchange.claim("k", "small", 100.0)[0] == "make"
+
+    def test_who_is_not_able_takes_what_there_is(self) -> None:
+        exchange = Exchange()
+        assert exchange.claim("k", "small", 100.0, able=False)[0] == "lack"
+        assert exchange.claim("k", "large", 100.0)[0] == "make"
+        assert exchange.claim("k", "small", 100.0, able=False)[:2] == ("wait", "large")
+        exchange.keep("k", "large", "courier")
+        assert exchange.claim("k", "small", 100.0, able=False)[:2] == ("fetch", "large")
 
     def test_a_holder_that_lost_it_is_not_asked_again(self) -> None:
         exchange = Exchange()
@@ -71,6 +90,10 @@ def test_a_run_may_wait_for_other_nodes(bench: Any) -> None:
     job = bench.job(bench.cell("prefill", "prune", bench.POCKET), timeout_s=100.0, artifact_timeout_s=1000.0)
     assert limit_s(job) == 1100.0
     assert limit_s(job, shared=True) == 2700.0
+    judged = dataclasses.replace(job, quality=True)
+    assert (limit_s(judged), limit_s(judged, shared=True)) == (1200.0, 3000.0)
+    on_a_card = dataclasses.replace(judged, device=bench.device("cuda"))
+    assert limit_s(on_a_card) == 1300.0, "its host's CPU may have to make the reference after it"
 
 
 @pytest.fixture
@@ -90,9 +113,8 @@ def stores(tmp_path: Path, cluster: Any) -> Iterator[list[tuple[Any, Path]]]:
 def test_made_on_one_node_and_used_on_both(
     cluster: Any, stores: list[tuple[Any, Path]], command: Any, sweep_file: Any, tmp_path: Path, tools: Any
 ) -> None:
-    process = command(
-        "run", sweep_file(SWEEP % QUICK), "--out", tmp_path / "out", "--address", cluster.address, "--json"
-    )
+    judged = (SWEEP % QUICK).replace("quality: false", "quality: {tokens: 1024, choices: 10}")
+    process = command("run", sweep_file(judged), "--out", tmp_path / "out", "--address", cluster.address, "--json")
     stdout, stderr = process.communicate(timeout=220)
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["outcomes"] == {"ok": 4}
@@ -101,9 +123,11 @@ def test_made_on_one_node_and_used_on_both(
     assert {row["hardware"] for row in pruned} == {"a100", "rtx3090"}
     assert len({row["artifact_key"] for row in pruned}) == 1
     assert sorted(row["artifact_reused"] for row in pruned) == [False, True]
-    manifests = [list(store.rglob("prune/*/manifest.json")) for _, store in stores]
-    assert [len(found) for found in manifests] == [1, 1]
-    assert manifests[0][0].read_bytes() == manifests[1][0].read_bytes(), "one was made, the other is its copy"
+    assert len({row["quality_reference"] for row in rows}) == 1
+    for maker in ("prune", "reference"):
+        manifests = [list(store.rglob(f"{maker}/*/manifest.json")) for _, store in stores]
+        assert [len(found) for found in manifests] == [1, 1]
+        assert manifests[0][0].read_bytes() == manifests[1][0].read_bytes(), "one was made, the other is its copy"
 
 
 @pytest.mark.slow

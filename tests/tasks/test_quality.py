@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks.artifacts import find
 from tasks.metric import Missing
+from tasks.probe import host_cpu
 from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_spec
 from tasks.quality_text import divergence as divergence_of
+from tasks.supervisor import Supervisor
 
 TOKENS, CHOICES = 1024, 12
 
@@ -236,7 +240,7 @@ class TestWhereItCannotBe:
         with bench.live(bench.job(bench.cell("prefill"), artifact_dir=str(tmp_path)), calls=0) as session:
             reading = judge(session)
         assert isinstance(reading, Missing)
-        assert "reference could not be made" in reading.reason
+        assert "could make the fp32 reference" in reading.reason
 
 
 def test_reading_is_reused_within_a_run(bench: Any, jobs: Any) -> None:
@@ -266,3 +270,24 @@ def test_reference_depends_on_what_it_is_made_of(bench: Any, tmp_path: Path) -> 
     questions.write_text('{"ctx": "a", "endings": ["b", "d"], "label": 0}')
     assert reference_spec(asked) != before
     assert reference_spec(base) == reference_spec(dataclasses.replace(base, quality_tasks=("some",)))
+
+
+def test_all_devices_share_the_reference_of_trained_weights(bench: Any) -> None:
+    cpu, card = bench.device(), bench.device("cuda")
+    for model, shared in ((bench.POCKET, True), (bench.language, False)):
+        on_cpu, on_card = (bench.job(bench.cell("prefill", model=model), device=device) for device in (cpu, card))
+        assert (reference_spec(on_cpu) == reference_spec(on_card)) == shared, "random weights are each device's own"
+
+
+@pytest.mark.slow
+def test_the_host_makes_the_reference_that_a_card_cannot(bench: Any, supervisor: Supervisor, tmp_path: Path) -> None:
+    asked = {"artifact_dir": str(tmp_path / "store"), "quality": True, "quality_tokens": 1024, "quality_choices": 4}
+    card = bench.device("cuda")
+    job = bench.job(bench.cell("prefill", "bf16", bench.POCKET), device=card, **asked)
+    with closing(Supervisor(card, cpus=bench.CPUS, log_path=tmp_path / "log", work_dir=tmp_path)) as slot:
+        assert slot.measure(job).row["outcome"] == "error", "there is no card of this UUID"
+    found = find(reference_spec(job), tmp_path / "store")
+    assert found is not None and found.manifest.device == host_cpu().name
+    row = supervisor.measure(bench.job(job.cell, **asked)).row
+    assert (row["quality_reference"], row["quality_reference_device"]) == (found.spec.key, host_cpu().name)
+    assert 0 < row["kl_divergence"] < 0.01
