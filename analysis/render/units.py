@@ -46,16 +46,21 @@ def size(value: Any) -> str:
 
 
 def with_interval(value: Any, lo: Any, hi: Any) -> str:
-    """`12.3 +- 0.2`; the half-width has the decimals of the value, or one digit when it would vanish."""
+    """`12.3 +- 0.2`; the half-width has the decimals of the value, or one digit when it would vanish.
+
+    One that is wider than the value itself says only that nothing is known: `12.3 +- over 100 %`.
+    """
     if is_missing(value):
         return ""
     if is_missing(lo) or is_missing(hi):
         return number(value)
     places, half = decimals(float(value)), (float(hi) - float(lo)) / 2
-    return f"{number(value)} +- {_half_width(half, places)}"
+    return f"{number(value)} +- {_half_width(half, float(value), places)}"
 
 
-def _half_width(half: float, places: int) -> str:
+def _half_width(half: float, value: float, places: int) -> str:
+    if half > abs(value):
+        return "over 100 %"
     if half and round(half, places) == 0 and decimals(half, 1) <= 4:
         places = decimals(half, 1)
     return f"{half:,.{places}f}"
@@ -69,7 +74,7 @@ def ratio(value: Any, lo: Any = None, hi: Any = None) -> str:
     text = f"{float(value):.{places}f}x"
     if is_missing(lo) or is_missing(hi):
         return text
-    return f"{text} +- {_half_width((float(hi) - float(lo)) / 2, places)}"
+    return f"{text} +- {_half_width((float(hi) - float(lo)) / 2, float(value), places)}"
 
 
 def percent(value: Any) -> str:

@@ -117,6 +117,8 @@ def test_latex_rows_have_as_many_cells_as_columns(table: Table) -> None:
         (units.with_interval(12.34, 12.339, 12.341), "12.3 +- 0.001"),
         (units.with_interval(12.34, None, None), "12.3"),
         (units.ratio(1.5, 1.48, 1.53), "1.50x +- 0.03"),
+        (units.ratio(0.13, 0.0001, 3218.0), "0.13x +- over 100 %"),
+        (units.with_interval(22.3, -48.2, 92.8), "22.3 +- over 100 %"),
         (units.ratio(15.23), "15.2x"),
         (units.percent(0.031), "3.1 %"),
         (units.percent(0.43), "43 %"),
