@@ -6,95 +6,115 @@ streams the files of an artifact in chunks through Ray's object store, never whi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.inventory import NODE_ID_LABEL
-from tasks.artifacts import ArtifactSpec
-from tasks.sharing import Alone, Part, parts, receive, sending, undisturbed
+from tasks.artifacts import ArtifactSpec, find
+from tasks.sharing import Alone, Part, disturbing, parts, receive
 
 POLL_S = 1.0
-# Who waits for an artifact asks this often at the least: others that have failed to make it let those go first.
-ASKS_S = 3 * POLL_S
+# Who waits asks every POLL_S: who has not asked for this long waits no more.
+WAITING_S = 3 * POLL_S
 ANSWER_S = 30.0
-# What a run may have to wait while its node sends something, before it begins.
-SENDING_S = 600.0
 _IN_FLIGHT = 4  # chunks that a sender is ahead of its receiver
 
 
 @dataclass(kw_only=True)
 class Known:
-    """Of one artifact: the couriers of nodes that have it, which node makes it until when, which nodes could not, and
-    when each asked for it last."""
+    """Of one artifact. Slots make and receive, nodes hold and send; times are those of this process's clock.
+
+    `holders` has the couriers of nodes that have it, `sends` to which slot a node sends it and until when at the most,
+    `makers` until when slots may be making it, `failed` the slots that could not, `asked` when others asked last.
+    """
 
     holders: dict[str, Any] = field(default_factory=dict)
-    maker: str | None = None
-    until: float = 0.0
+    sends: dict[str, tuple[str, float]] = field(default_factory=dict)
+    makers: dict[str, float] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     asked: dict[str, float] = field(default_factory=dict)
-    given: int = 0
 
 
 class Exchange:
-    """One per run. Nodes are Ray's node ids, keys are those of artifacts, couriers are handles that it only keeps."""
+    """One per run. Nodes are Ray's node ids, slots `slot_name` of these, keys are those of artifacts, couriers are
+    handles that it only keeps."""
 
     def __init__(self) -> None:
         self._known: dict[str, Known] = {}
 
-    def claim(self, key: str, node: str, limit_s: float, able: bool = True) -> tuple[str, str | None, Any]:
-        """What `node` is to do about an artifact that it lacks.
+    def claim(self, key: str, slot: str, limit_s: float, able: bool = True) -> tuple[str, str | None, Any]:
+        """What `slot` is to do about an artifact that its node lacks.
 
-        `("fetch", holder, courier)`, `("wait", maker, None)`, `("make", None, None)`, which nobody else is told for the
-        next `limit_s`, or `("lack", None, None)` where it is not `able` to make it and nobody else is about to.
+        `("fetch", holder, courier)`, which sends to nobody else meanwhile; `("wait", None, None)`, to ask again soon;
+        `("make", None, None)`, which others wait for, `limit_s` at the most, until a first one has failed: then all try
+        for themselves; `("lack", None, None)` for a slot that has failed or is not `able`, where nobody makes it.
         """
-        known = self._known.setdefault(key, Known())
-        now = time.monotonic()
-        known.asked[node] = now
-        holders = [holder for holder in known.holders if holder != node]
+        known, now = self._known.setdefault(key, Known()), time.monotonic()
+        holders = [holder for holder in known.holders if holder != _node(slot)]
         if holders:
-            known.given += 1
-            holder = holders[known.given % len(holders)]
-            return "fetch", holder, known.holders[holder]
-        if known.maker not in (None, node) and now < known.until:
-            return "wait", known.maker, None
-        others = {other for other, at in known.asked.items() if other != node and now - at < ASKS_S} - known.failed
-        if others and (node in known.failed or not able):
+            free = [holder for holder in holders if not _busy(known.sends.get(holder), slot, now)]
+            if not free:
+                known.asked[slot] = now
+                return "wait", None, None
+            known.sends[free[0]] = slot, now + limit_s
+            return "fetch", free[0], known.holders[free[0]]
+        others_make = any(maker != slot and now < until for maker, until in known.makers.items())
+        able = able and slot not in known.failed
+        if others_make and not (able and known.failed):
+            known.asked[slot] = now
             return "wait", None, None
         if not able:
-            del known.asked[node]
             return "lack", None, None
-        known.maker, known.until = node, now + limit_s
+        known.makers[slot] = now + limit_s
         return "make", None, None
 
-    def keep(self, key: str, node: str, courier: Any) -> None:
-        """`node` has it."""
-        known = self._known.setdefault(key, Known())
-        known.holders[node] = courier
-        known.failed.discard(node)
-        if known.maker == node:
-            known.maker = None
+    def keep(self, key: str, slot: str, courier: Any) -> int:
+        """The node of `slot` has it; how many slots of other nodes wait for it."""
+        known, now = self._known.setdefault(key, Known()), time.monotonic()
+        known.holders[_node(slot)] = courier
+        known.failed.discard(slot)
+        known.asked.pop(slot, None)
+        known.makers.pop(slot, None)
+        known.sends = {holder: send for holder, send in known.sends.items() if send[0] != slot}
+        return sum(_node(other) != _node(slot) and now - at < WAITING_S for other, at in known.asked.items())
 
-    def fail(self, key: str, node: str) -> None:
-        """`node` could not make it: others that need it try before it tries again."""
-        self.drop(key, node)
-        self._known.setdefault(key, Known()).failed.add(node)
+    def fail(self, key: str, slot: str) -> None:
+        """`slot` could not make it."""
+        known = self._known.setdefault(key, Known())
+        known.makers.pop(slot, None)
+        known.failed.add(slot)
 
     def drop(self, key: str, node: str) -> None:
-        """`node` has it no longer."""
+        """`node` has it no longer, or does not send it."""
         known = self._known.get(key)
         if known is not None:
             known.holders.pop(node, None)
-            known.asked.pop(node, None)
-            known.maker = None if known.maker == node else known.maker
+            known.sends.pop(node, None)
 
     def forget(self, node: str) -> None:
-        """The runner of `node` is lost, with its courier."""
-        for key in self._known:
+        """A runner of `node` is lost, with its courier: whatever it made, held or received."""
+        for key, known in self._known.items():
             self.drop(key, node)
+            known.sends = {holder: send for holder, send in known.sends.items() if _node(send[0]) != node}
+            known.makers = {slot: until for slot, until in known.makers.items() if _node(slot) != node}
+            known.asked = {slot: at for slot, at in known.asked.items() if _node(slot) != node}
+
+
+def slot_name(node: str, pid: int) -> str:
+    return f"{node}/{pid}"
+
+
+def _node(slot: str) -> str:
+    return slot.partition("/")[0]
+
+
+def _busy(send: tuple[str, float] | None, slot: str, now: float) -> bool:
+    return send is not None and send[0] != slot and now < send[1]
 
 
 class Courier:
@@ -105,7 +125,7 @@ class Courier:
 
     def send(self, maker: str, key: str) -> Iterator[Part]:
         """The files of one artifact in chunks, once the machine measures nothing."""
-        with sending(self._root):
+        with disturbing(self._root):
             yield from parts(self._root / maker / key)
 
 
@@ -115,9 +135,9 @@ class Shared(Alone):
     def __init__(self, exchange: Any, root: Path) -> None:
         import ray
 
-        self._exchange, self._root = exchange, root
-        self._node: str = ray.get_runtime_context().get_node_id()
-        self._courier = _on(self._node, Courier).remote(str(root))
+        node: str = ray.get_runtime_context().get_node_id()
+        self._exchange, self._slot = exchange, slot_name(node, os.getpid())
+        self._courier = _on(node, Courier).remote(str(root))
 
     def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float, *, able: bool = True) -> None:
         import ray
@@ -125,34 +145,47 @@ class Shared(Alone):
         deadline = time.monotonic() + limit_s
         with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             while time.monotonic() < deadline:
-                claim = self._exchange.claim.remote(spec.key, self._node, limit_s, able)
+                claim = self._exchange.claim.remote(spec.key, self._slot, limit_s, able)
                 what, holder, courier = ray.get(claim, timeout=ANSWER_S)
                 if what in ("make", "lack"):
                     return
                 if what == "wait":
                     time.sleep(POLL_S)
-                elif self._fetch(spec, root, courier):
+                    if find(spec, root) is not None:  # another slot of this node has it by now
+                        return
+                elif self._fetch(spec, root, courier, deadline):
                     return
                 else:
                     ray.get(self._exchange.drop.remote(spec.key, holder), timeout=ANSWER_S)
 
     def made(self, spec: ArtifactSpec) -> None:
-        self._exchange.keep.remote(spec.key, self._node, self._courier)
+        import ray
+
+        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            kept = self._exchange.keep.remote(spec.key, self._slot, self._courier)
+            if ray.get(kept, timeout=ANSWER_S):
+                time.sleep(2 * POLL_S)  # one of those that wait asks, and is sent it before this slot measures again
 
     def failed(self, spec: ArtifactSpec) -> None:
-        self._exchange.fail.remote(spec.key, self._node)
+        self._exchange.fail.remote(spec.key, self._slot)
 
-    def undisturbed(self) -> AbstractContextManager[None]:
-        return undisturbed(self._root)
-
-    def _fetch(self, spec: ArtifactSpec, root: Path, courier: Any) -> bool:
+    def _fetch(self, spec: ArtifactSpec, root: Path, courier: Any, deadline: float) -> bool:
         import ray
 
         stream = courier.send.options(num_returns="streaming", _generator_backpressure_num_objects=_IN_FLIGHT).remote(
             spec.maker, spec.key
         )
+
+        def arriving() -> Iterator[Part]:
+            while ray.wait([stream], timeout=max(deadline - time.monotonic(), 0.0))[0]:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    return
+            raise TimeoutError("the sending machine was not free in time")
+
         try:
-            return receive(spec, root, (ray.get(part) for part in stream))
+            return receive(spec, root, arriving())
         except (ray.exceptions.RayError, ValueError, OSError):
             return False
 

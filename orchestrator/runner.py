@@ -119,7 +119,7 @@ def at_home(job: dict[str, Any], driver_home: str, home: str = HOME) -> dict[str
 
 
 def artifact_folder() -> Path:
-    """Where this node keeps what is made once and used by many cells (quality references)."""
+    """Where this node keeps what is made once and used by many cells."""
     return cache_folder("artifacts")
 
 

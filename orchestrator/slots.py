@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.exchange import SENDING_S
 from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
 from tasks.artifacts import makers
 from tasks.device import DeviceInfo
@@ -20,6 +19,8 @@ STARTING_S = 120.0
 PREPARING_S = 480.0
 # Beyond a cell's own limit: the supervisor needs a moment to kill it, read its remains and answer.
 GRACE_S = 45.0
+# What it may have to wait while its node sends an artifact, or makes a reference on its CPU.
+DISTURBED_S = 600.0
 CLOSING_S = 10.0
 # Actors that died in a row without one finished run; then the slot is given up. More than one cell may take with it.
 MAX_STARTS = 4
@@ -148,11 +149,10 @@ def to_wire(job: CellJob, *, compile_cold: bool) -> bytes:
 def limit_s(job: CellJob, *, shared: bool = False) -> float:
     """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts.
 
-    With other nodes (`shared`) it may wait in vain for what another makes, for a reference once more after its own
-    device could not, and for its own node to have sent.
+    With other nodes (`shared`) it may wait in vain, and as long, for what another makes.
     """
-    making_s, judging_s = job.artifact_timeout_s * makers(job), reference_s(job)
-    return job.timeout_s + (2 * making_s + 3 * judging_s + SENDING_S if shared else making_s + judging_s)
+    making_s = job.artifact_timeout_s * makers(job) + reference_s(job)
+    return job.timeout_s + making_s * (2 if shared else 1) + DISTURBED_S
 
 
 def bind(slot: BenchSlot, given: list[str], slots: Sequence[BenchSlot]) -> None:

@@ -2,7 +2,7 @@
 
 The reference (fp32, TF32 off, written-out attention) is made once and kept: its log-probabilities over the whole
 vocabulary in fp32, since storing logits in bf16 alone fakes 2 % of disagreements. Whichever device made it first
-serves all others, also those whose memory could not hold the fp32 model: between devices it differs by the rounding of
+serves all others, also those whose memory could not hold the fp32 model: between devices it differs by the order of
 fp32 sums, as it does between batch shapes (the floor). Random weights are drawn on the device, so each kind of device
 has a reference of its own. Windows of up to 512 tokens follow each other in the held-out text, and only their second
 half is scored, as llama.cpp does. Everything is paired: the same tokens, so that the difference is known far better
@@ -24,14 +24,16 @@ from tasks.artifacts import Artifact, ArtifactSpec, find, make
 from tasks.cell import digest
 from tasks.choices import ChoicesError, content_hash
 from tasks.environment import version
+from tasks.host import free_memory_bytes
 from tasks.metric import Missing
-from tasks.models.identity import job_checkpoint
+from tasks.models.identity import checkpoint_folder, config_of, job_checkpoint
+from tasks.models.packing import packing_of
 from tasks.probe import host_cpu
 from tasks.quality_choices import answer, answer_floor, compare_answers, questions
-from tasks.quality_images import compare_images, image_logits
+from tasks.quality_images import compare_images, image_outputs
 from tasks.quality_tasks import run_tasks
 from tasks.quality_text import compare_text, floors, text_outputs, windows
-from tasks.registry import optimizations
+from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ REFERENCE_STACK = "fp32+eager"
 MAKER, FILE = "reference", "outputs.safetensors"  # in the artifact store
 NOT_JUDGED = frozenset({"kv-cache", "compile", "graphs", "control", "decode-loop", "allocator"})
 BATCH = 4  # windows at once; half of it for the floor
-VERSION = 4  # raised when the way of judging changes: older references, readings and rows are not reused
+HOST_SHARE = 0.8  # of the free memory of a host: at 95 % of all, Ray ends processes
+OTHER_INPUTS = "the fp32 reference was made of other inputs: this node's tokenizer or files differ from its maker's"
+VERSION = 5  # raised when the way of judging changes: older references, readings and rows are not reused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +89,20 @@ class QualityReading:
 
 def reference_spec(job: CellJob) -> ArtifactSpec:
     """What this job's reference depends on; found without torch."""
+    language = job.cell.model.kind == "language"
     return ArtifactSpec(
         maker=MAKER,
         checkpoint=False,
         inputs={
             "model": job_checkpoint(job),
             "identity": job.cell.model.identity(),
-            "vision": job.cell.workload.kind if job.cell.model.kind != "language" else "text",
-            "image_size": job.cell.workload.get("image_size") if job.cell.model.kind == "vision" else None,
+            "vision": "text" if language else job.cell.workload.kind,
+            "image_size": None if language else job.cell.workload.get("image_size"),
             "tokens": job.quality_tokens,
             "choices": job.quality_choices,
             "choices_file": content_hash(job.quality_choices_file),
             "seed": job.seed,
-            "device": None if portable(job) else job.device.name,
+            "device": None if reference_serves_all(job) else [job.device.tag, job.device.name],
             # builds for other devices (2.13.0+cpu) are one version
             "versions": {name: (version(name) or "").partition("+")[0] for name in ("torch", "transformers")},
             "version": VERSION,
@@ -105,23 +110,41 @@ def reference_spec(job: CellJob) -> ArtifactSpec:
     )
 
 
-def portable(job: CellJob) -> bool:
-    """Whether a reference serves other devices too: weights that are drawn are drawn by a device's own generator."""
-    return job.cell.model.source != "random"
-
-
-def reference_places(job: CellJob) -> list[CellJob]:
-    """The job on its own device, then on its host's CPU, whose memory is mostly larger, if that gives the same."""
-    return [job, replace(job, device=host_cpu())] if _host_can(job) else [job]
+def reference_serves_all(job: CellJob) -> bool:
+    """Whether the reference of one device is right for all: not where each draws its own weights, where a name may
+    mean other files on another node, or where the checkpoint was published for a library's quantized kernels."""
+    model = job.cell.model
+    if model.source == "hub":
+        return model.revision is not None
+    if checkpoint_folder(model) is None:
+        return False
+    config = config_of(model) or {}
+    return "quantization_config" not in config or packing_of(config) is not None
 
 
 def reference_s(job: CellJob) -> float:
-    """Seconds that making the job's reference may take, everywhere it is tried."""
-    return job.timeout_s * (job.quality + (job.quality and _host_can(job)))
+    """Seconds that a node may take to make the job's reference: on the device, and where that is too small on its
+    host; 0 where none is needed."""
+    return job.timeout_s * (1 if job.device.kind == "cpu" else 2) if job.quality and not why_not_judged(job) else 0.0
 
 
-def _host_can(job: CellJob) -> bool:
-    return job.device.kind != "cpu" and portable(job)
+def on_the_host(job: CellJob) -> CellJob:
+    """The job on the CPU of its device's host, in what memory is free there and not needed by others."""
+    budget = int(HOST_SHARE * free_memory_bytes())
+    return replace(job, device=host_cpu(), threads=None, memory_budget_bytes=budget)
+
+
+def why_not_judged(job: CellJob) -> str | None:
+    """Why a cell has no quality whatever comes out of it, None where it has."""
+    workload = workloads()[job.cell.workload.kind]
+    if not workload.needs_model or workload.training:
+        return "judged on inference cells of models only"
+    if job.cell.model.source == "factory":
+        return "a factory's module has no reference text"
+    lossy = [name for name in job.cell.stack.names() if optimizations()[name].lossy_cache]
+    if lossy:
+        return f"judged on whole sequences without a KV cache, where {lossy[0]} loses nothing"
+    return None
 
 
 def make_reference(session: Session) -> tuple[Artifact, bool]:
@@ -142,24 +165,22 @@ def make_reference(session: Session) -> tuple[Artifact, bool]:
 
 def judge(session: Session) -> QualityReading | Missing:
     """Quality of the session's live model. Reuses what this run has found for the same stack on this device."""
-    job, loaded = session.job, session.loaded
-    if loaded is None or session.workload.training:
-        return Missing(reason="judged on inference cells of models only")
-    if loaded.make_inputs is not None:
-        return Missing(reason="a factory's module has no reference text")
-    lossy = [technique.name for technique, _ in session.techniques if technique.lossy_cache]
-    if lossy:
-        return Missing(reason=f"judged on whole sequences without a KV cache, where {lossy[0]} loses nothing")
+    job = session.job
+    refusal = why_not_judged(job)
+    if refusal is not None:
+        return Missing(reason=refusal)
     root = Path(job.artifact_dir)
     found = find(reference_spec(job), root)
     if found is None:
-        return Missing(reason="no node could make the fp32 reference of this model: see the log")
+        return Missing(reason="no fp32 reference of this model came to this node: see the log")
     tasks = [job.quality_tasks, job.quality_tasks_path, job.quality_tasks_limit]
-    name = digest([job.run_id, judged_stack(job), job.device.uuid, *tasks])
+    name = digest([job.run_id, judged_stack(job), job.device.name, job.device.uuid, *tasks])
     kept = root / "readings" / f"{found.spec.key}-{name}.json"
     if kept.exists():
         return QualityReading(**json.loads(kept.read_text()))
     reading = _judge(session, found)
+    if isinstance(reading, Missing):
+        return reading
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(reading)))
@@ -173,7 +194,7 @@ def judged_stack(job: CellJob) -> str:
     return "+".join(str(item) for item in job.cell.stack.techniques if known[item.name].family not in NOT_JUDGED)
 
 
-def _judge(session: Session, found: Artifact) -> QualityReading:
+def _judge(session: Session, found: Artifact) -> QualityReading | Missing:
     import torch
     from safetensors.torch import load_file
 
@@ -182,9 +203,14 @@ def _judge(session: Session, found: Artifact) -> QualityReading:
     known: dict[str, Any] = {"label": label, "reference": found.spec.key, "reference_device": found.manifest.device}
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         if _vision(session):
-            fields = compare_images(image_logits(session), reference["logits"])
-            return QualityReading(**known, **fields)
-        fields = compare_text(text_outputs(session, windows(session), BATCH), reference, _trained(session))
+            outputs = image_outputs(session)
+            if not torch.equal(outputs["digest"], reference["digest"]):
+                return Missing(reason=OTHER_INPUTS)
+            return QualityReading(**known, **compare_images(outputs["logits"], reference["logits"]))
+        outputs = text_outputs(session, windows(session), BATCH)
+        if not torch.equal(outputs["targets"], reference["targets"]):
+            return Missing(reason=OTHER_INPUTS)
+        fields = compare_text(outputs, reference, _trained(session))
         reasons: dict[str, str] = {}
         try:
             if not _trained(session):
@@ -225,7 +251,7 @@ def _reference_outputs(session: Session) -> dict[str, torch.Tensor]:
 
     with torch.inference_mode():
         if _vision(session):
-            return {"logits": image_logits(session)}
+            return image_outputs(session)
         ids = windows(session)
         outputs = text_outputs(session, ids, BATCH)
         outputs |= floors(text_outputs(session, ids, BATCH // 2), outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,17 @@ if TYPE_CHECKING:
 IMAGES, IMAGE_BATCH = 64, 16
 
 
-def image_logits(session: Session) -> torch.Tensor:
-    """fp32 logits on the host, shape (images, classes)."""
+def image_outputs(session: Session) -> dict[str, torch.Tensor]:
+    """On the host: fp32 `logits`, shape (images, classes), and a `digest` of the images."""
     import torch
 
-    from tasks.workloads._inputs import images
+    from tasks.workloads._inputs import images, images_dtype
 
-    size = session.job.cell.workload.get("image_size", 224)
-    batches = images(session, IMAGE_BATCH, size, count=IMAGES // IMAGE_BATCH)
-    return torch.cat([session.model(batch).logits.float().cpu() for batch in batches])
+    size, dtype = session.job.cell.workload.get("image_size", 224), images_dtype(session)
+    batches = images(session, IMAGE_BATCH, size, count=IMAGES // IMAGE_BATCH, on_host=True)
+    digest = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).digest()
+    logits = [session.model(batch.to(session.device, dtype)).logits.float().cpu() for batch in batches]
+    return {"logits": torch.cat(logits), "digest": torch.tensor(list(digest), dtype=torch.uint8)}
 
 
 def compare_images(mine: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:

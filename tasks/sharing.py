@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from tasks.artifacts import MANIFEST, ArtifactSpec, find, locked, making_folder
@@ -23,20 +23,16 @@ class Alone:
     """How a supervisor gets artifacts from elsewhere: it does not. Also the interface of those that do."""
 
     def obtain(self, spec: ArtifactSpec, root: Path, limit_s: float, *, able: bool = True) -> None:
-        """Return when the artifact was copied into `root`, or when it is up to this node to make it.
+        """Return when the artifact lies in `root`, or when it is up to this slot to make it.
 
-        A node that is not `able` to make it returns when nobody else has it or makes it, too.
+        One that is not `able` to make it only waits while another is making it.
         """
 
     def made(self, spec: ArtifactSpec) -> None:
         """The artifact lies whole in this node's store."""
 
     def failed(self, spec: ArtifactSpec) -> None:
-        """This node could not make it: another may try."""
-
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """While it is held, nothing is sent from this node."""
-        return nullcontext()
+        """This slot could not make it: the others need not wait for each other any more."""
 
 
 def parts(folder: Path) -> Iterator[Part]:
@@ -87,18 +83,19 @@ def _inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def undisturbed(root: Path) -> Iterator[None]:
-    """Held while something is measured on this machine; several may hold it, but nothing is sent meanwhile."""
+    """Held while something is measured on this machine; several may hold it, but not while one is `disturbing`."""
     with ExitStack() as held:
         with ExitStack() as queue:
-            # a sender that waits stands in the queue: who would measure next waits behind it
+            # who waits to disturb stands in the queue: who would measure next waits behind it
             queue.enter_context(_flock(root / ".queue", fcntl.LOCK_EX))
             held.enter_context(_flock(root / ".measuring", fcntl.LOCK_SH))
         yield
 
 
 @contextmanager
-def sending(root: Path) -> Iterator[None]:
-    """Waits for the measurements that run on this machine to end; none begins while it is held."""
+def disturbing(root: Path) -> Iterator[None]:
+    """Held to send something, or to keep the host busy: waits for the measurements that run on this machine to end, and
+    none begins meanwhile."""
     with _flock(root / ".queue", fcntl.LOCK_EX), _flock(root / ".measuring", fcntl.LOCK_EX):
         yield
 

@@ -13,10 +13,10 @@ from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
 from tasks.models.identity import checkpoint_hash
-from tasks.quality import reference_places, reference_s, reference_spec
+from tasks.quality import on_the_host, reference_serves_all, reference_spec, why_not_judged
 from tasks.registry import optimizations, workloads
 from tasks.row import Outcome, Row
-from tasks.sharing import Alone
+from tasks.sharing import Alone, disturbing, undisturbed
 
 TIME_COLUMNS = ("load_s", "first_call_s", "compile_s", "warmup_s", "measure_s", "quality_s", "idle_s")
 
@@ -71,7 +71,7 @@ class Supervisor:
             return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
-        with self._sharing.undisturbed():
+        with undisturbed(Path(job.artifact_dir)):
             done = self._isolation.run(
                 "cell", job.to_dict(), timeout_s=job.timeout_s, executed=executed, environment=environment
             )
@@ -93,34 +93,52 @@ class Supervisor:
         return None
 
     def _ensure(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None = None) -> Row | None:
-        """Have it in the store, whole: found there, copied from another node, or made. Without `technique` it is the
-        quality reference."""
-        root = Path(job.artifact_dir)
-        if spec.key in self._verified and find(spec, root) is not None:
+        """Have it whole in the store: it is there, it comes from another node, or it is made; else what became of it.
+
+        Without `technique` it is the quality reference.
+        """
+        if spec.key in self._verified and find(spec, Path(job.artifact_dir)) is not None:
             return None
-        able = spec.key not in self._impossible
-        limit_s = job.artifact_timeout_s if technique else reference_s(job)
-        for attempt in reference_places(job) if able and not technique else [job]:
-            if find(spec, root, content=True) is None:
-                self._sharing.obtain(spec, root, limit_s, able=able)
-            if find(spec, root, content=True) is None:
-                failure = self._make(spec, attempt, technique) if able else self._impossible[spec.key]
-                if failure is not None:
-                    self._impossible[spec.key] = failure
-                    continue
-            self._verified.add(spec.key)
+        failure = self._impossible.get(spec.key)
+        if not self._found(spec, job, technique, able=failure is None):
+            failure = failure or self._make(spec, job, technique)
+            if failure is not None:
+                self._impossible[spec.key] = failure
+                return failure
+        self._impossible.pop(spec.key, None)
+        self._verified.add(spec.key)
+        if technique is not None or reference_serves_all(job):
             self._sharing.made(spec)
-            return None
-        return self._impossible[spec.key]
+        return None
+
+    def _found(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None, *, able: bool) -> bool:
+        """Whether it is whole in this node's store, if need be after another node has sent it."""
+        root = Path(job.artifact_dir)
+        if find(spec, root, content=True) is None and (technique is not None or reference_serves_all(job)):
+            self._sharing.obtain(spec, root, job.artifact_timeout_s if technique else job.timeout_s, able=able)
+        return find(spec, root, content=True) is not None
 
     def _make(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None) -> Row | None:
-        """Make it in a process of its own, never beside another model; the row of what became of it otherwise."""
-        payload = {"job": replace(job, memory_budget_bytes=None).to_dict(), "maker": spec.maker}
+        """Make it on this slot's device; a reference that is too large for that on the host, unless another comes."""
+        failure = self._try(spec, replace(job, memory_budget_bytes=None), technique)
+        if failure is None:
+            return None
+        self._sharing.failed(spec)
+        small = failure["outcome"] == Outcome.OOM and job.device.kind != "cpu"
+        if technique is not None or not small or not reference_serves_all(job):
+            return failure
+        if self._found(spec, job, None, able=False):
+            return None
+        with disturbing(Path(job.artifact_dir)):
+            return self._try(spec, on_the_host(job), None)
+
+    def _try(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None) -> Row | None:
+        """Make it in a process of its own; the row of what became of it where that failed."""
         known = optimizations()[technique.name] if technique else None
         limit_s = job.artifact_timeout_s if technique else job.timeout_s
         done = self._isolation.run(
             "artifact",
-            payload,
+            {"job": job.to_dict(), "maker": spec.maker},
             timeout_s=limit_s,
             executed=known is not None and known.executed,
             environment=known.environment(technique) if known and technique else {},
@@ -128,7 +146,6 @@ class Supervisor:
         if done.result is not None and "outcome" not in done.result:
             return None
         clear_interrupted(spec, Path(job.artifact_dir))
-        self._sharing.failed(spec)
         row = _obituary(replace(job, timeout_s=limit_s), done)
         row.set(**(done.result or {}))
         return row
@@ -152,7 +169,7 @@ def _with_checkpoint(job: CellJob) -> CellJob:
 
 
 def _reference(job: CellJob) -> ArtifactSpec | None:
-    return reference_spec(job) if job.quality and _has_model(job) else None
+    return reference_spec(job) if job.quality and not why_not_judged(job) else None
 
 
 def _has_model(job: CellJob) -> bool:

@@ -20,7 +20,7 @@ _FLOATS = {
     "kl_divergence": "KL(reference || this) per token, nats",
     "kl_divergence_stderr": "its standard error over windows",
     "kl_divergence_max": "greatest of one token",
-    "kl_divergence_floor": "reference against itself with other batch shapes: less than this is noise",
+    "kl_divergence_floor": "reference against itself with other batch shapes, on its device: less than this is noise",
     "top1_agreement": "share of tokens or images with the reference's first choice",
     "top1_agreement_stderr": "its standard error",
     "top1_agreement_floor": "of the reference with itself with other batch shapes",

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tasks.artifacts import find
+from tasks.cell import ModelSpec
+from tasks.isolation import Completed
+from tasks.job import CellJob
 from tasks.metric import Missing
+from tasks.models.identity import POCKET
 from tasks.probe import host_cpu
-from tasks.quality import REFERENCE_STACK, QualityReading, judge, make_reference, reference_spec
+from tasks.quality import (
+    REFERENCE_STACK,
+    QualityReading,
+    judge,
+    make_reference,
+    reference_serves_all,
+    reference_spec,
+)
+from tasks.quality_images import image_outputs
 from tasks.quality_text import divergence as divergence_of
+from tasks.row import Row
+from tasks.session import Session
 from tasks.supervisor import Supervisor
 
 TOKENS, CHOICES = 1024, 12
@@ -23,8 +40,6 @@ TOKENS, CHOICES = 1024, 12
 @pytest.fixture(scope="module")
 def jobs(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Jobs on pocket with one artifact folder; the reference is made once."""
-    import torch
-
     from tasks.row import Row
     from tasks.session import Session
 
@@ -46,7 +61,6 @@ def jobs(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def plain() -> Any:
     """Pocket in fp32 through nothing but transformers."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tasks.models.identity import POCKET
@@ -90,8 +104,6 @@ class TestReferenceAgainstItself:
 
     def test_perplexity_by_plain_transformers(self, itself: QualityReading, plain: Any) -> None:
         """Windows of 512 tokens of the held-out text, the second half of each scored."""
-        import torch
-
         from tasks.models.text import heldout_text
 
         model, tokenizer = plain
@@ -107,8 +119,6 @@ class TestReferenceAgainstItself:
 
     def test_accuracy_question_by_question(self, itself: QualityReading, plain: Any) -> None:
         """Each ending alone, without padding or batching."""
-        import torch
-
         from tasks.models.text import multiple_choice
 
         model, tokenizer = plain
@@ -131,8 +141,6 @@ class TestReferenceAgainstItself:
 
 class TestPerturbation:
     def test_divergence_grows_with_it(self, bench: Any, jobs: Any) -> None:
-        import torch
-
         readings = []
         for spread in (0.003, 0.03):
             with bench.live(jobs(), calls=0) as session:
@@ -156,8 +164,6 @@ class TestPerturbation:
 
     def test_constant_logits_shift_changes_nothing(self) -> None:
         """KL is of distributions, and of the right direction: KL(reference || ours)."""
-        import torch
-
         reference = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
         ours = torch.tensor([[[0.25, 0.5, 0.25]]]).log()
         expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
@@ -168,8 +174,6 @@ class TestPerturbation:
 
     def test_divergence_is_never_negative(self) -> None:
         """Also where fp32 log-probabilities do not sum to one, tiny differences, tiny and zero probabilities."""
-        import torch
-
         generator = torch.Generator().manual_seed(0)
         logits = 8 * torch.randn(4, 96, 300, generator=generator)
         logits[0, :, :40] = -float("inf")  # masked entries of a vocabulary
@@ -240,7 +244,7 @@ class TestWhereItCannotBe:
         with bench.live(bench.job(bench.cell("prefill"), artifact_dir=str(tmp_path)), calls=0) as session:
             reading = judge(session)
         assert isinstance(reading, Missing)
-        assert "could make the fp32 reference" in reading.reason
+        assert "no fp32 reference" in reading.reason
 
 
 def test_reading_is_reused_within_a_run(bench: Any, jobs: Any) -> None:
@@ -272,22 +276,117 @@ def test_reference_depends_on_what_it_is_made_of(bench: Any, tmp_path: Path) -> 
     assert reference_spec(base) == reference_spec(dataclasses.replace(base, quality_tasks=("some",)))
 
 
-def test_all_devices_share_the_reference_of_trained_weights(bench: Any) -> None:
-    cpu, card = bench.device(), bench.device("cuda")
-    for model, shared in ((bench.POCKET, True), (bench.language, False)):
-        on_cpu, on_card = (bench.job(bench.cell("prefill", model=model), device=device) for device in (cpu, card))
-        assert (reference_spec(on_cpu) == reference_spec(on_card)) == shared, "random weights are each device's own"
+def test_which_devices_share_a_reference(bench: Any, tmp_path: Path) -> None:
+    import shutil
+
+    def shared(model: Any) -> bool:
+        cell = bench.cell("prefill", model=model)
+        jobs = [bench.job(cell, device=bench.device(kind)) for kind in ("cpu", "cuda")]
+        assert reference_serves_all(jobs[0]) == (reference_spec(jobs[0]) == reference_spec(jobs[1]))
+        return reference_serves_all(jobs[0])
+
+    assert shared(bench.POCKET)
+    assert not shared(bench.language), "random weights are each device's own"
+    hub = ModelSpec(id="hub", source="hub", reference="org/name", kind="language")
+    assert not shared(hub), "a name without its revision may be other files elsewhere"
+    assert shared(replace(hub, revision="0123abc"))
+    shutil.copytree(POCKET, tmp_path / "published")
+    config = json.loads((POCKET / "config.json").read_text())
+    published = ModelSpec(id="mine", source="path", reference=str(tmp_path / "published"), kind="language")
+    assert shared(published)
+    for method, expected in (("bitsandbytes", False), ("gptq", True)):
+        changed = {**config, "quantization_config": {"quant_method": method, "bits": 4, "group_size": 128}}
+        (tmp_path / "published" / "config.json").write_text(json.dumps(changed))
+        assert shared(published) == expected, method
 
 
-@pytest.mark.slow
-def test_the_host_makes_the_reference_that_a_card_cannot(bench: Any, supervisor: Supervisor, tmp_path: Path) -> None:
-    asked = {"artifact_dir": str(tmp_path / "store"), "quality": True, "quality_tokens": 1024, "quality_choices": 4}
-    card = bench.device("cuda")
-    job = bench.job(bench.cell("prefill", "bf16", bench.POCKET), device=card, **asked)
-    with closing(Supervisor(card, cpus=bench.CPUS, log_path=tmp_path / "log", work_dir=tmp_path)) as slot:
-        assert slot.measure(job).row["outcome"] == "error", "there is no card of this UUID"
-    found = find(reference_spec(job), tmp_path / "store")
-    assert found is not None and found.manifest.device == host_cpu().name
-    row = supervisor.measure(bench.job(job.cell, **asked)).row
-    assert (row["quality_reference"], row["quality_reference_device"]) == (found.spec.key, host_cpu().name)
-    assert 0 < row["kl_divergence"] < 0.01
+def test_images_are_the_same_on_every_device(bench: Any, tmp_path: Path) -> None:
+    """A device's own generator draws others, and a reference of other images says nothing."""
+    with bench.live(bench.job(bench.cell("forward", "fp32"), artifact_dir=str(tmp_path)), calls=0) as session:
+        make_reference(Session(job=session.job, device=session.device, row=Row()))
+        assert isinstance(judge(session), QualityReading)
+        expected = image_outputs(session)["digest"]
+        torch.manual_seed(7)
+        torch.randn(5)
+        assert torch.equal(image_outputs(session)["digest"], expected)
+        session.job = replace(session.job, seed=session.job.seed + 1)
+        assert not torch.equal(image_outputs(session)["digest"], expected)
+
+
+def test_a_reference_of_other_tokens_is_no_reference(bench: Any, tmp_path: Path) -> None:
+    """A node without the tokenizer falls back to random ids: what another node judged is of other tokens then."""
+    job = bench.job(
+        bench.cell("prefill", "fp32", bench.POCKET), artifact_dir=str(tmp_path), quality_tokens=1024, quality_choices=4
+    )
+    make_reference(Session(job=job, device=torch.device("cpu"), row=Row()))
+    with bench.live(job, calls=0) as session:
+        session.loaded = replace(session.loaded, tokenizer=None)
+        reading = judge(session)
+    assert isinstance(reading, Missing) and "other inputs" in reading.reason
+
+
+class TestWhoMakesTheReference:
+    """With a card that is pretended to be too small: `tests/gpu` has one that is full."""
+
+    @pytest.fixture
+    def slot(self, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+        slot = Supervisor(bench.device("cuda"), cpus=bench.CPUS, log_path=tmp_path / "log", work_dir=tmp_path)
+        real, self.tried = slot._isolation.run, list[str]()
+
+        def run(do: str, payload: dict[str, Any], **options: Any) -> Completed:
+            kind = payload["job"]["device"]["kind"] if do == "artifact" else payload["device"]["kind"]
+            self.tried.append(f"{do} on {kind}")
+            if kind == "cpu":
+                return real(do, payload, **options)
+            outcome = self.outcome if do == "artifact" else "error"
+            failure = {"outcome": outcome, "reason": "there is no such card", "error_type": None}
+            result = failure if do == "artifact" else None
+            return Completed(result=result, exit_code=1, signal=None, timed_out=False, out_of_memory=False,
+                             phase=do, stderr_tail="", wall_s=0.1, kind="fork")  # fmt: skip
+
+        monkeypatch.setattr(slot._isolation, "run", run)
+        with closing(slot):
+            yield slot
+
+    def job(self, bench: Any, tmp_path: Path, kind: str = "prefill", model: Any = None, device: Any = None) -> CellJob:
+        job: CellJob = bench.job(
+            bench.cell(kind, "bf16", model or bench.POCKET), device=device or bench.device("cuda"),
+            artifact_dir=str(tmp_path / "store"), quality=True, quality_tokens=1024, quality_choices=4,
+        )  # fmt: skip
+        return job
+
+    @pytest.mark.slow
+    def test_the_host_of_a_small_card(
+        self, bench: Any, slot: Supervisor, supervisor: Supervisor, tmp_path: Path
+    ) -> None:
+        self.outcome, job = "oom", self.job(bench, tmp_path)
+        slot.measure(job)
+        found = find(reference_spec(job), tmp_path / "store")
+        assert found is not None and found.manifest.device == host_cpu().name
+        assert self.tried[:2] == ["artifact on cuda", "artifact on cpu"]
+        (found.folder / "outputs.safetensors").write_bytes(b"broken")
+        slot.measure(job)
+        assert find(reference_spec(job), tmp_path / "store", content=True) is not None, "what is broken is made again"
+        row = supervisor.measure(self.job(bench, tmp_path, device=bench.device())).row
+        assert (row["quality_reference"], row["quality_reference_device"]) == (found.spec.key, host_cpu().name)
+        assert 0 < row["kl_divergence"] < 0.01
+
+    @pytest.mark.parametrize("outcome", ["error", "unsupported"])
+    def test_what_fails_otherwise_is_not_tried_elsewhere_nor_again(
+        self, bench: Any, slot: Supervisor, tmp_path: Path, outcome: str
+    ) -> None:
+        self.outcome = outcome
+        for _ in range(2):
+            slot.measure(self.job(bench, tmp_path))
+        assert self.tried == ["artifact on cuda", "cell on cuda", "cell on cuda"]
+
+    def test_random_weights_of_another_device_are_no_reference(
+        self, bench: Any, slot: Supervisor, tmp_path: Path
+    ) -> None:
+        self.outcome = "oom"
+        slot.measure(self.job(bench, tmp_path, model=bench.language))
+        assert self.tried == ["artifact on cuda", "cell on cuda"]
+
+    def test_none_is_made_where_nothing_is_judged(self, bench: Any, slot: Supervisor, tmp_path: Path) -> None:
+        slot.measure(self.job(bench, tmp_path, "train_step"))
+        assert self.tried == ["cell on cuda"]

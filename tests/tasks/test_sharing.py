@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.artifacts import MANIFEST, ArtifactSpec, Manifest, find
-from tasks.sharing import CHUNK_BYTES, parts, receive, sending, undisturbed
+from tasks.sharing import CHUNK_BYTES, disturbing, parts, receive, undisturbed
 
 SPEC = ArtifactSpec(maker="gptq", inputs={"bits": 4})
 
@@ -94,7 +94,7 @@ def test_nothing_is_sent_while_something_is_measured(tmp_path: Path) -> None:
 
     def send() -> None:
         begun.set()
-        with sending(tmp_path):
+        with disturbing(tmp_path):
             order.append("sent")
         sent.set()
 
