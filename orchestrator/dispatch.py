@@ -17,6 +17,9 @@ from orchestrator.work import SweepWork
 from tasks.job import CellJob, RunResult
 
 MAX_ATTEMPTS = 3
+# A slot whose runs end this soon is sent several at once: the way there and back would take longer than they do.
+QUICK_S = 0.02
+MOST_AT_ONCE = 16
 REFRESH_S = 3.0
 # How long a node that was lost may take to come back when nobody else has its tag.
 RETURN_S = 30.0
@@ -129,7 +132,7 @@ class Dispatcher:
         for slot in list(self.slots.values()):
             queue = self._queues.get(slot.slot_id)
             if slot.phase is Phase.IDLE and queue:
-                self._measure(slot, queue.popleft())
+                self._measure(slot, queue)
         waiting = [
             (position, slot)
             for slot in self.slots.values()
@@ -142,7 +145,7 @@ class Dispatcher:
                 self._start(slot)
             elif jobs := self.work.take(slot):
                 self._queues[slot.slot_id] = deque(jobs)
-                self._measure(slot, self._queues[slot.slot_id].popleft())
+                self._measure(slot, self._queues[slot.slot_id])
 
     def _startable(self, slot: BenchSlot) -> bool:
         return slot.alive and (bool(self._queues.get(slot.slot_id)) or self.work.wants(slot) is not None)
@@ -161,11 +164,11 @@ class Dispatcher:
         slot.start()
         self.progress.slot(slot.slot_id, slot.device.tag, "starting")
 
-    def _measure(self, slot: BenchSlot, job: CellJob) -> None:
-        if job.device is not slot.device:  # Ray gave the runner another accelerator than the one it was planned for
-            job = replace(job, device=slot.device)
-        slot.measure(job)
-        self.progress.started(slot.slot_id, job)
+    def _measure(self, slot: BenchSlot, queue: deque[CellJob]) -> None:
+        jobs = [queue.popleft() for _ in range(min(len(queue), MOST_AT_ONCE if slot.quick else 1))]
+        # Ray may have given the runner another accelerator than the one that they were planned for
+        slot.measure([job if job.device is slot.device else replace(job, device=slot.device) for job in jobs])
+        self.progress.started(slot.slot_id, slot.jobs[0])
 
     def _await(self, active: list[BenchSlot]) -> None:
         import ray
@@ -222,22 +225,31 @@ class Dispatcher:
                 slot.facts = {**slot.facts, "cpus": answer["cpus"]}
             slot.idle()
             self.progress.gone(slot.slot_id)
-        elif slot.job is not None:
+        else:
             try:
-                self._finish(slot, slot.job, RunResult(**json.loads(answer)))
-            except (KeyError, TypeError, ValueError) as error:
+                self._finish(slot, json.loads(answer))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
                 self._fault(slot, f"the runner's answer is no row of its run: {_first_line(error)}")
             else:
                 slot.starts = 0
+                self._queues.setdefault(slot.slot_id, deque()).extendleft(reversed(slot.jobs))
                 slot.idle()
 
-    def _finish(self, slot: BenchSlot, job: CellJob, result: RunResult) -> None:
-        self.work.done(job, result)
-        self.progress.finished(slot.slot_id, result.row, time.monotonic() - slot.since)
+    def _finish(self, slot: BenchSlot, results: list[dict[str, Any]]) -> None:
+        """Store the results of the first of the slot's jobs; what is not answered stays in `jobs`."""
+        taken_s = time.monotonic() - slot.since
+        slot.quick = taken_s < len(results) * QUICK_S
+        if not results:
+            raise ValueError("it is empty")
+        for data in results:
+            result = RunResult(**data)
+            self.work.done(slot.jobs[0], result)
+            slot.jobs = slot.jobs[1:]
+            self.progress.finished(slot.slot_id, result.row, taken_s / len(results))
 
     def _fault(self, slot: BenchSlot, reason: str) -> None:
         """A fault of the infrastructure: note it, kill the runner, and try its run again on a new one."""
-        job = slot.job
+        job, unanswered = slot.job, slot.jobs[1:]
         self._note_fault(slot, reason)
         self.progress.say(f"{slot.slot_id}: {reason}")
         if slot.node.node_id not in self._alive():
@@ -245,6 +257,7 @@ class Dispatcher:
             return
         since, queue = slot.since, self._queues.setdefault(slot.slot_id, deque())
         slot.kill()
+        queue.extendleft(reversed(unanswered))
         if job is not None and job.attempt < MAX_ATTEMPTS:
             queue.appendleft(replace(job, attempt=job.attempt + 1))
         elif job is not None:
@@ -265,12 +278,12 @@ class Dispatcher:
         """The slot will not come back: its block is broken, its groups are free for others."""
         self._note_fault(slot, f"slot given up: {reason}")
         self.progress.say(f"{slot.slot_id} is out: {reason}")
-        running, queued = slot.job, self._queues.pop(slot.slot_id, ())
+        running, queued = slot.job, (*slot.jobs[1:], *self._queues.pop(slot.slot_id, ()))
         slot.give_up()
         if running is not None and running.attempt >= MAX_ATTEMPTS:
             self._bury(slot, running, reason, time.monotonic() - slot.since)
             running = None
-        self.work.broken(slot, running, tuple(queued))
+        self.work.broken(slot, running, queued)
         self.progress.gone(slot.slot_id)
         self.progress.expect(self.work.runs())
 

@@ -42,6 +42,8 @@ class Phase(StrEnum):
 class BenchSlot:
     """One accelerator or the CPU of one node. `device` may change once, when Ray says which accelerator it gave.
 
+    `jobs` were sent and have not come back. After a `quick` answer several may be sent at once.
+
     `runner` is the actor's class, `orchestrator.runner.Runner` unless a benchmark puts its own in its place. `exchange`
     is the actor through which nodes share artifacts.
     """
@@ -58,7 +60,8 @@ class BenchSlot:
     pending: Any = None
     deadline: float = 0.0
     since: float = 0.0
-    job: CellJob | None = None
+    jobs: tuple[CellJob, ...] = ()
+    quick: bool = False
     starts: int = 0
     facts: dict[str, Any] | None = None
     compiled: set[str] = field(default_factory=set)
@@ -72,6 +75,11 @@ class BenchSlot:
     def occupies_node(self) -> bool:
         """Starting a runner and measuring facts disturb a neighbour as much as a run does."""
         return self.phase in (Phase.STARTING, Phase.PREPARING, Phase.BUSY)
+
+    @property
+    def job(self) -> CellJob | None:
+        """The run that is under way, the first of those that were sent."""
+        return self.jobs[0] if self.jobs else None
 
     @property
     def alive(self) -> bool:
@@ -103,15 +111,17 @@ class BenchSlot:
         call = self.actor.prepare.remote(self.device.to_dict(), list(self.cpus), self.facts)
         self._await(call, Phase.PREPARING, PREPARING_S)
 
-    def measure(self, job: CellJob) -> None:
-        self.job = job
-        text = to_wire(job, compile_cold=job.cell.cell_id not in self.compiled)
-        self.compiled.add(job.cell.cell_id)
-        allowed_s = limit_s(job, shared=self.exchange is not None) + GRACE_S
-        self._await(self.actor.measure.remote(text), Phase.BUSY, allowed_s)
+    def measure(self, jobs: Sequence[CellJob]) -> None:
+        """Send runs; the runner answers after the first, or after those that it can end within `runner.ANSWER_S`."""
+        self.jobs, sent = tuple(jobs), []
+        for job in jobs:
+            sent.append(to_wire(job, compile_cold=job.cell.cell_id not in self.compiled))
+            self.compiled.add(job.cell.cell_id)
+        allowed_s = max(limit_s(job, shared=self.exchange is not None) for job in jobs) + GRACE_S
+        self._await(self.actor.measure.remote(json.dumps(sent).encode()), Phase.BUSY, allowed_s)
 
     def idle(self) -> None:
-        self.pending, self.job, self.phase = None, None, Phase.IDLE
+        self.pending, self.jobs, self.phase = None, (), Phase.IDLE
 
     def overdue(self) -> bool:
         return self.pending is not None and time.monotonic() > self.deadline
@@ -120,7 +130,7 @@ class BenchSlot:
         """Kill the actor with everything below it; what it may still return is never looked at."""
         import ray
 
-        actor, self.actor, self.pending, self.job = self.actor, None, None, None
+        actor, self.actor, self.pending, self.jobs, self.quick = self.actor, None, None, (), False
         if self.phase is not Phase.GONE:
             self.phase = Phase.ASLEEP
         if actor is not None:
@@ -139,11 +149,10 @@ class BenchSlot:
         self.deadline = self.since + limit_s
 
 
-def to_wire(job: CellJob, *, compile_cold: bool) -> bytes:
-    """A job for a runner, as JSON in bytes, which Ray sends as they are: what it knows of its slot is left out."""
+def to_wire(job: CellJob, *, compile_cold: bool) -> dict[str, Any]:
+    """A job for a runner, as JSON: what it knows of its slot is left out."""
     own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
-    own |= {"cell": job.cell.to_dict(), "cell_id": job.cell.cell_id, "compile_cold": compile_cold}
-    return json.dumps(own).encode()
+    return own | {"cell": job.cell.to_dict(), "cell_id": job.cell.cell_id, "compile_cold": compile_cold}
 
 
 def limit_s(job: CellJob, *, shared: bool = False) -> float:

@@ -8,8 +8,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from orchestrator.inventory import Inventory, Node, bench_devices
 from orchestrator.journal import read_journal
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.slots import BenchSlot, Phase, limit_s
+from orchestrator.runner import until_answer
+from orchestrator.slots import DISTURBED_S, BenchSlot, Phase, limit_s
 from orchestrator.store import Store, StoreFull
 from orchestrator.sweep import make_sweep
 from orchestrator.work import RunSettings, SweepWork
@@ -219,7 +221,7 @@ def test_an_edited_calibration_text_makes_a_result_stale(folder: Path, tmp_path:
 def test_a_slot_is_given_time_for_what_has_to_be_made(folder: Path) -> None:
     limits = {"cell_timeout_s": 100, "artifact_timeout_s": 1000}
     bench = Bench(folder, "a100", optimizations=["baseline", "prune", "distill+prune"], limits=limits, rounds=1)
-    given = {str(job.cell.stack): limit_s(job) for job in bench.work.take(bench.slot(0))}
+    given = {str(job.cell.stack): limit_s(job) - DISTURBED_S for job in bench.work.take(bench.slot(0))}
     assert given == {"baseline": 200, "prune": 1200, "distill+prune": 2200}, "the quality reference too"
     bench.store.close()
 
@@ -274,7 +276,7 @@ def test_a_cell_that_takes_its_node_with_it_is_not_tried_for_ever(folder: Path) 
         running = next(job for job in jobs if job.cell == first.cell)
         assert running.attempt == attempt
         assert all(job.attempt == 1 for job in jobs if job is not running)
-        slot.phase, slot.job = Phase.BUSY, running
+        slot.phase, slot.jobs = Phase.BUSY, (running,)
         dispatcher.slots[slot.slot_id] = slot
         dispatcher._queues[slot.slot_id] = deque(job for job in jobs if job is not running)
         dispatcher._lose(slot, "its node is gone")
@@ -291,20 +293,120 @@ def test_an_answer_that_is_no_row_of_its_run_is_a_fault(folder: Path, wrong: dic
     dispatcher, slot = bench.dispatcher(), bench.slot(0)
     job, *_ = bench.work.take(slot)
     dispatcher.slots[slot.slot_id] = slot
-    slot.phase, slot.job = Phase.BUSY, job
+    slot.phase, slot.jobs = Phase.BUSY, (job,)
     row = Row()
     row.set(**job_columns(job), outcome="ok")
     faults: list[str] = []
     dispatcher._fault = lambda slot, reason: faults.append(reason)  # type: ignore[method-assign]
-    dispatcher._heed(slot, json.dumps({"row": row.to_dict() | wrong, "samples": []}))
+    dispatcher._heed(slot, json.dumps([{"row": row.to_dict() | wrong, "samples": []}]))
     assert len(faults) == 1 and faults[0].startswith("the runner's answer is no row of its run: ")
     assert not [record for record in read_journal(folder / "journal.jsonl") if record["kind"] == "row"]
     dispatcher._heed(slot, "no JSON")
     dispatcher._heed(slot, object())
-    assert len(faults) == 3
-    dispatcher._heed(slot, json.dumps({"row": row.to_dict(), "samples": []}))
-    assert len(faults) == 3 and slot.phase is Phase.IDLE and bench.work.measured == 1
+    dispatcher._heed(slot, "[]")
+    assert len(faults) == 4
+    dispatcher._heed(slot, json.dumps([{"row": row.to_dict(), "samples": []}]))
+    assert len(faults) == 4 and slot.phase is Phase.IDLE and bench.work.measured == 1
     bench.store.close()
+
+
+class TestSeveralAtOnce:
+    """Runs that end at once are sent together: nothing is lost, doubled or blamed for another."""
+
+    @pytest.fixture
+    def busy(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        """A slot whose last answer was quick, with a block of four before it; `sent` are its calls."""
+        bench = Bench(folder, "a100", hardware=["a100"], optimizations=["baseline", "bf16", "fp16", "eager"])
+        dispatcher, slot, sent = bench.dispatcher(), bench.slot(0), list[list[CellJob]]()
+
+        def measure(jobs: Sequence[CellJob]) -> None:
+            sent.append(list(jobs))
+            slot.jobs, slot.phase, slot.pending, slot.since = tuple(jobs), Phase.BUSY, object(), time.monotonic()
+
+        def start() -> None:
+            slot.starts += 1
+            slot.phase = Phase.STARTING
+
+        monkeypatch.setattr(slot, "measure", measure)
+        monkeypatch.setattr(slot, "start", start)
+        monkeypatch.setattr(dispatcher, "_alive", lambda: {slot.node.node_id})
+        dispatcher.slots[slot.slot_id] = slot
+        block = bench.work.take(slot)
+        dispatcher._queues[slot.slot_id] = deque(block)
+        slot.phase, slot.quick = Phase.IDLE, True
+        yield SimpleNamespace(bench=bench, dispatcher=dispatcher, slot=slot, sent=sent, block=block)
+        bench.store.close()
+
+    def answer(self, jobs: Sequence[CellJob]) -> str:
+        rows = []
+        for job in jobs:
+            row = Row()
+            row.set(**job_columns(job), outcome="ok")
+            rows.append({"row": row.to_dict(), "samples": []})
+        return json.dumps(rows)
+
+    def test_what_is_not_answered_is_sent_again_in_order(self, busy: Any) -> None:
+        busy.dispatcher._assign()
+        assert busy.sent == [busy.block]
+        busy.dispatcher._heed(busy.slot, self.answer(busy.block[:3]))
+        assert busy.bench.work.measured == 3 and busy.slot.jobs == ()
+        busy.dispatcher._assign()
+        assert busy.sent[1] == busy.block[3:]
+
+    def test_one_at_a_time_where_they_take_their_time(self, busy: Any) -> None:
+        busy.slot.quick = False
+        busy.dispatcher._assign()
+        assert busy.sent == [busy.block[:1]]
+        busy.slot.since -= 1.0
+        busy.dispatcher._heed(busy.slot, self.answer(busy.block[:1]))
+        busy.dispatcher._assign()
+        assert busy.sent[1] == busy.block[1:2] and not busy.slot.quick
+        busy.dispatcher._heed(busy.slot, self.answer(busy.block[1:2]))
+        busy.dispatcher._assign()
+        assert busy.sent[2] == busy.block[2:], "the last took no time"
+
+    def test_a_lost_runner_repeats_the_first_and_then_one_by_one(self, busy: Any) -> None:
+        busy.dispatcher._assign()
+        busy.dispatcher._fault(busy.slot, "the runner was lost")
+        queue = list(busy.dispatcher._queues[busy.slot.slot_id])
+        assert [job.attempt for job in queue] == [2, 1, 1, 1]
+        assert [job.cell for job in queue] == [job.cell for job in busy.block]
+        busy.slot.phase = Phase.IDLE
+        busy.dispatcher._assign()
+        assert busy.sent[1] == queue[:1]
+
+    def test_a_wrong_row_blames_its_own_run(self, busy: Any) -> None:
+        busy.dispatcher._assign()
+        good, bad = json.loads(self.answer(busy.block[:2]))
+        busy.dispatcher._heed(busy.slot, json.dumps([good, bad | {"row": bad["row"] | {"round": 9}}]))
+        assert busy.bench.work.measured == 1
+        queue = busy.dispatcher._queues[busy.slot.slot_id]
+        assert [(job.cell, job.attempt) for job in queue] == [
+            (busy.block[1].cell, 2), (busy.block[2].cell, 1), (busy.block[3].cell, 1)
+        ]  # fmt: skip
+
+    def test_a_lost_slot_leaves_all_of_them_to_others(self, busy: Any) -> None:
+        busy.dispatcher._assign()
+        busy.dispatcher._heed(busy.slot, self.answer(busy.block[:1]))
+        busy.dispatcher._assign()
+        busy.dispatcher._lose(busy.slot, "its node is gone")
+        busy.bench.nodes.append(busy.bench.node("late", "a100"))
+        busy.bench.offer()
+        assert {job.cell for job in busy.bench.finish_all(1)} >= {job.cell for job in busy.block[1:]}
+        assert busy.bench.work.outcomes() == {"ok": 8}, "two groups of four cells, all rounds"
+
+    def test_the_runner_answers_when_its_time_is_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr("orchestrator.runner.time.monotonic", lambda: now[0])
+
+        def run(job: dict[str, Any]) -> dict[str, Any]:
+            now[0] += job["s"]
+            return job
+
+        slow, fast = {"s": 9.0}, {"s": 0.001}
+        assert until_answer(run, [slow, fast]) == [slow]
+        assert until_answer(run, [fast, fast, slow, fast]) == [fast, fast, slow]
+        assert until_answer(run, [fast] * 16) == [fast] * 16
 
 
 def test_a_tag_that_nobody_has_is_said_at_once_and_can_still_come(folder: Path) -> None:

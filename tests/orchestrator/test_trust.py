@@ -98,11 +98,11 @@ def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, mon
     try:
         runner.prepare(probe().devices[-1].to_dict(), [], {})
         job = bench.job(bench.cell("forward", model=model), search_path=search_path)
-        answered = runner.measure(to_wire(job, compile_cold=True))
+        answered = runner.measure(json.dumps([to_wire(job, compile_cold=True)]).encode())
     finally:
         runner.close()
     assert type(answered) is bytes
-    answer = json.loads(answered)
+    (answer,) = json.loads(answered)
     assert answer["row"]["error_type"] == "Bomb"
     assert_plain(answer)
 
