@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.runner import Runner, until_answer
+from orchestrator.runner import Runner
 from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
@@ -64,7 +64,7 @@ class EmptyRunner:
         return {"cpus": []}
 
     def measure(self, jobs: bytes) -> bytes:
-        return json.dumps(until_answer(self._measure, json.loads(jobs))).encode()
+        return json.dumps([self._measure(job) for job in json.loads(jobs)]).encode()
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         named = ("cell_id", "sweep", "round", "block_id", "result_key", "run_id", "attempt")

@@ -1,4 +1,4 @@
-"""The driver's loop: gives blocks to slots, one run in flight per slot, and survives what happens on the nodes."""
+"""The driver's loop: gives blocks to slots, one call in flight per slot, and survives what happens on the nodes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.exchange import slot_name
 from orchestrator.inventory import Inventory, Node, bench_devices, is_accelerator
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.slots import MAX_STARTS, BenchSlot, Phase, bind, close_all
+from orchestrator.slots import ANSWER_S, MAX_STARTS, BenchSlot, Phase, bind, close_all
 from orchestrator.work import SweepWork
 from tasks.job import CellJob, RunResult
 
 MAX_ATTEMPTS = 3
-# A slot whose runs end this soon is sent several at once: the way there and back would take longer than they do.
-QUICK_S = 0.02
 MOST_AT_ONCE = 16
 REFRESH_S = 3.0
 # How long a node that was lost may take to come back when nobody else has its tag.
@@ -211,6 +210,7 @@ class Dispatcher:
     def _heed(self, slot: BenchSlot, answer: Any) -> None:
         """An answer of the slot's runner: a dictionary about its node, or the JSON of a finished run."""
         if slot.phase is Phase.STARTING:
+            slot.pid = answer["pid"]
             bind(slot, answer["accelerators"], list(self.slots.values()))
             slot.prepare()
             self.progress.slot(slot.slot_id, slot.device.tag, "importing torch, measuring ceilings")
@@ -238,13 +238,13 @@ class Dispatcher:
     def _finish(self, slot: BenchSlot, results: list[dict[str, Any]]) -> None:
         """Store the results of the first of the slot's jobs; what is not answered stays in `jobs`."""
         taken_s = time.monotonic() - slot.since
-        slot.quick = taken_s < len(results) * QUICK_S
+        slot.quick = taken_s < len(results) * ANSWER_S
         if not results:
             raise ValueError("it is empty")
         for data in results:
             result = RunResult(**data)
             self.work.done(slot.jobs[0], result)
-            slot.jobs = slot.jobs[1:]
+            slot.answered()
             self.progress.finished(slot.slot_id, result.row, taken_s / len(results))
 
     def _fault(self, slot: BenchSlot, reason: str) -> None:
@@ -271,8 +271,9 @@ class Dispatcher:
         job = slot.job
         run = {"cell_id": job.cell.cell_id, "round": job.round, "attempt": job.attempt} if job else {}
         self.journal.note("fault", slot=slot.slot_id, node=slot.node.node_id, reason=reason, **run)
-        if self.exchange is not None:
-            self.exchange.forget.remote(slot.node.node_id)  # what it was making is anybody's now
+        if self.exchange is not None and slot.pid is not None:
+            # what it was making is anybody's now
+            self.exchange.forget.remote(slot_name(slot.node.node_id, slot.pid))
 
     def _lose(self, slot: BenchSlot, reason: str) -> None:
         """The slot will not come back: its block is broken, its groups are free for others."""

@@ -29,15 +29,16 @@ _IN_FLIGHT = 4  # chunks that a sender is ahead of its receiver
 class Known:
     """Of one artifact. Slots make and receive, nodes hold and send; times are those of this process's clock.
 
-    `holders` has the couriers of nodes that have it, `sends` to which slot a node sends it and until when at the most,
-    `makers` until when slots may be making it, `failed` the slots that could not, `asked` when others asked last.
+    `holders` has, of nodes that have it, the slot that said so and its courier; `sends` to which slot a node sends it
+    and until when at the most; `makers` until when slots may be making it; `failed` the slots that could not; `asked`
+    when slots that were told to wait asked last, and whether they could make it.
     """
 
-    holders: dict[str, Any] = field(default_factory=dict)
+    holders: dict[str, tuple[str, Any]] = field(default_factory=dict)
     sends: dict[str, tuple[str, float]] = field(default_factory=dict)
     makers: dict[str, float] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    asked: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, tuple[float, bool]] = field(default_factory=dict)
 
 
 class Exchange:
@@ -50,44 +51,61 @@ class Exchange:
     def claim(self, key: str, slot: str, limit_s: float, able: bool = True) -> tuple[str, str | None, Any]:
         """What `slot` is to do about an artifact that its node lacks.
 
-        `("fetch", holder, courier)`, which sends to nobody else meanwhile; `("wait", None, None)`, to ask again soon;
-        `("make", None, None)`, which others wait for, `limit_s` at the most, until a first one has failed: then all try
-        for themselves; `("lack", None, None)` for a slot that has failed or is not `able`, where nobody makes it.
+        `("fetch", holder, courier)`, which sends this artifact to nobody else meanwhile; `("wait", None, None)`, to ask
+        again soon; `("make", None, None)`, which others wait for, `limit_s` at the most, until a first one has failed:
+        then all try for themselves; `("lack", None, None)` for a slot that has failed or is not `able`, where nobody
+        else makes it or is about to.
         """
         known, now = self._known.setdefault(key, Known()), time.monotonic()
-        holders = [holder for holder in known.holders if holder != _node(slot)]
-        if holders:
-            free = [holder for holder in holders if not _busy(known.sends.get(holder), slot, now)]
-            if not free:
-                known.asked[slot] = now
-                return "wait", None, None
-            known.sends[free[0]] = slot, now + limit_s
-            return "fetch", free[0], known.holders[free[0]]
-        others_make = any(maker != slot and now < until for maker, until in known.makers.items())
+        known.asked.pop(slot, None)
         able = able and slot not in known.failed
-        if others_make and not (able and known.failed):
-            known.asked[slot] = now
-            return "wait", None, None
+        answer = self._answer(known, slot, now, able)
+        if answer == "fetch":
+            holder = next(holder for holder in self._free(known, slot, now))
+            known.sends[holder] = slot, now + limit_s
+            return answer, holder, known.holders[holder][1]
+        if answer == "make":
+            known.makers[slot] = now + limit_s
+        if answer == "wait":
+            known.asked[slot] = now, able
+        return answer, None, None
+
+    def _answer(self, known: Known, slot: str, now: float, able: bool) -> str:
+        if any(holder != _node(slot) for holder in known.holders):
+            received = any(to != slot and _node(to) == _node(slot) and now < at for to, at in known.sends.values())
+            return "fetch" if not received and any(self._free(known, slot, now)) else "wait"
+        made = any(maker != slot and now < until for maker, until in known.makers.items())
         if not able:
-            return "lack", None, None
-        known.makers[slot] = now + limit_s
-        return "make", None, None
+            coming = any(could and now - at < WAITING_S for at, could in known.asked.values())
+            return "wait" if made or coming else "lack"
+        return "wait" if made and not known.failed else "make"
+
+    def _free(self, known: Known, slot: str, now: float) -> Iterator[str]:
+        for holder in known.holders:
+            to, until = known.sends.get(holder, (slot, 0.0))
+            if holder != _node(slot) and (to == slot or now >= until):
+                yield holder
 
     def keep(self, key: str, slot: str, courier: Any) -> int:
         """The node of `slot` has it; how many slots of other nodes wait for it."""
         known, now = self._known.setdefault(key, Known()), time.monotonic()
-        known.holders[_node(slot)] = courier
+        known.holders[_node(slot)] = slot, courier
         known.failed.discard(slot)
         known.asked.pop(slot, None)
         known.makers.pop(slot, None)
-        known.sends = {holder: send for holder, send in known.sends.items() if send[0] != slot}
-        return sum(_node(other) != _node(slot) and now - at < WAITING_S for other, at in known.asked.items())
+        self.release(key, slot)
+        return sum(_node(other) != _node(slot) and now - at < WAITING_S for other, (at, _) in known.asked.items())
 
     def fail(self, key: str, slot: str) -> None:
         """`slot` could not make it."""
         known = self._known.setdefault(key, Known())
         known.makers.pop(slot, None)
         known.failed.add(slot)
+
+    def release(self, key: str, slot: str) -> None:
+        """`slot` receives it no longer."""
+        known = self._known.setdefault(key, Known())
+        known.sends = {holder: send for holder, send in known.sends.items() if send[0] != slot}
 
     def drop(self, key: str, node: str) -> None:
         """`node` has it no longer, or does not send it."""
@@ -96,13 +114,14 @@ class Exchange:
             known.holders.pop(node, None)
             known.sends.pop(node, None)
 
-    def forget(self, node: str) -> None:
-        """A runner of `node` is lost, with its courier: whatever it made, held or received."""
+    def forget(self, slot: str) -> None:
+        """The runner of `slot` is lost, with its courier: what it made, sent or received."""
         for key, known in self._known.items():
-            self.drop(key, node)
-            known.sends = {holder: send for holder, send in known.sends.items() if _node(send[0]) != node}
-            known.makers = {slot: until for slot, until in known.makers.items() if _node(slot) != node}
-            known.asked = {slot: at for slot, at in known.asked.items() if _node(slot) != node}
+            self.release(key, slot)
+            known.makers.pop(slot, None)
+            known.asked.pop(slot, None)
+            if known.holders.get(_node(slot), ("", None))[0] == slot:
+                self.drop(key, _node(slot))
 
 
 def slot_name(node: str, pid: int) -> str:
@@ -113,10 +132,6 @@ def _node(slot: str) -> str:
     return slot.partition("/")[0]
 
 
-def _busy(send: tuple[str, float] | None, slot: str, now: float) -> bool:
-    return send is not None and send[0] != slot and now < send[1]
-
-
 class Courier:
     """Sends artifacts of its node's store."""
 
@@ -125,12 +140,12 @@ class Courier:
 
     def send(self, maker: str, key: str) -> Iterator[Part]:
         """The files of one artifact in chunks, once the machine measures nothing."""
-        with disturbing(self._root):
+        with disturbing():
             yield from parts(self._root / maker / key)
 
 
 class Shared(Alone):
-    """A runner's way to the artifacts of the other nodes. Whatever fails there, this node makes the artifact itself."""
+    """A runner's way to the artifacts of the other nodes. Where that fails, it is up to its own node."""
 
     def __init__(self, exchange: Any, root: Path) -> None:
         import ray
@@ -143,7 +158,7 @@ class Shared(Alone):
         import ray
 
         deadline = time.monotonic() + limit_s
-        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError, OSError):
             while time.monotonic() < deadline:
                 claim = self._exchange.claim.remote(spec.key, self._slot, limit_s, able)
                 what, holder, courier = ray.get(claim, timeout=ANSWER_S)
@@ -153,10 +168,16 @@ class Shared(Alone):
                     time.sleep(POLL_S)
                     if find(spec, root) is not None:  # another slot of this node has it by now
                         return
-                elif self._fetch(spec, root, courier, deadline):
-                    return
-                else:
-                    ray.get(self._exchange.drop.remote(spec.key, holder), timeout=ANSWER_S)
+                    continue
+                try:
+                    if receive(spec, root, _arriving(courier, spec, deadline)):
+                        return
+                except (ray.exceptions.RayError, ValueError):
+                    pass
+                except OSError:  # this node's own fault: no space, or no time left
+                    self._exchange.release.remote(spec.key, self._slot)
+                    raise
+                ray.get(self._exchange.drop.remote(spec.key, holder), timeout=ANSWER_S)
 
     def made(self, spec: ArtifactSpec) -> None:
         import ray
@@ -169,25 +190,20 @@ class Shared(Alone):
     def failed(self, spec: ArtifactSpec) -> None:
         self._exchange.fail.remote(spec.key, self._slot)
 
-    def _fetch(self, spec: ArtifactSpec, root: Path, courier: Any, deadline: float) -> bool:
-        import ray
 
-        stream = courier.send.options(num_returns="streaming", _generator_backpressure_num_objects=_IN_FLIGHT).remote(
-            spec.maker, spec.key
-        )
+def _arriving(courier: Any, spec: ArtifactSpec, deadline: float) -> Iterator[Part]:
+    """What a courier sends; it begins when the first part is asked for, when the receiver has made room."""
+    import ray
 
-        def arriving() -> Iterator[Part]:
-            while ray.wait([stream], timeout=max(deadline - time.monotonic(), 0.0))[0]:
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    return
-            raise TimeoutError("the sending machine was not free in time")
-
+    stream = courier.send.options(num_returns="streaming", _generator_backpressure_num_objects=_IN_FLIGHT).remote(
+        spec.maker, spec.key
+    )
+    while ray.wait([stream], timeout=max(deadline - time.monotonic(), 0.0))[0]:
         try:
-            return receive(spec, root, arriving())
-        except (ray.exceptions.RayError, ValueError, OSError):
-            return False
+            yield ray.get(next(stream))
+        except StopIteration:
+            return
+    raise TimeoutError("what another node sends did not come in time")
 
 
 def start_exchange() -> Any:

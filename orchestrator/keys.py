@@ -15,6 +15,7 @@ from tasks.choices import content_hash
 from tasks.device import DeviceInfo, tag_matches
 from tasks.models.identity import checkpoint_hash
 from tasks.quality import VERSION
+from tasks.quality_images import VERSION as IMAGES_VERSION
 from tasks.quality_tasks import PACKAGE
 from tasks.registry import optimizations, workloads
 from tasks.row import PROTOCOL_VERSION
@@ -89,7 +90,9 @@ class KeyMaker:
         wanted, workload = self._sweep.quality, workloads()[cell.workload.kind]
         if not wanted.enabled or not workload.needs_model or workload.training:
             return None
-        return self._quality_wanted
+        if cell.model.kind == "language":
+            return self._quality_wanted
+        return {**self._quality_wanted, "images": IMAGES_VERSION}
 
     @cached_property
     def _quality_wanted(self) -> dict[str, Any]:

@@ -11,19 +11,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.exchange import Shared
 from orchestrator.guard import MARK
+from orchestrator.slots import ANSWER_S
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.supervisor import Supervisor
 
 HOME = str(Path(__file__).resolve().parent.parent)
-# Runs that end sooner (what cannot be made was tried before, a benchmark of the driver) are answered together.
-ANSWER_S = 0.02
 _PREFIX = "benchmatrix-slot-"
 
 
@@ -66,24 +64,30 @@ class Runner:
         return {**facts, "cpus": list(affinity)}
 
     def measure(self, jobs: bytes) -> bytes:
-        """Runs one after the other, JSON both ways: jobs as `slots.to_wire` writes them, then as many `{"row",
-        "samples"}` as were there when the first `ANSWER_S` were over; at least one.
+        """Runs of cells, JSON both ways: jobs as `slots.to_wire` writes them, then `{"row", "samples"}` of the first,
+        and of those after it that need no process, as far as that takes no longer than `ANSWER_S`.
 
         No objects, so that what a measured process left is never unpickled by the driver; bytes, which Ray sends as
-        they are. Raises only when the supervisor itself cannot go on.
+        they are. Raises only when the supervisor itself cannot go on with the first.
         """
-        return json.dumps(until_answer(self._measure, json.loads(jobs))).encode()
-
-    def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._supervisor is None:
             raise RuntimeError("the runner was not prepared")
+        begun, (first, *others) = time.monotonic(), json.loads(jobs)
+        results = [self._supervisor.measure(self._here(first))]
+        with contextlib.suppress(Exception):  # met again when it is the first
+            for job in others:
+                if time.monotonic() - begun > ANSWER_S or (result := self._supervisor.at_once(self._here(job))) is None:
+                    break
+                results.append(result)
+        return json.dumps([{"row": result.row, "samples": result.samples} for result in results]).encode()
+
+    def _here(self, job: dict[str, Any]) -> CellJob:
+        """The job on this node and slot."""
         given = at_home(job, self._driver_home)
         compile_cache = self._work / "compile" / given.pop("cell_id")
         compile_cache.mkdir(parents=True, exist_ok=True)
         local = {"compile_cache_dir": str(compile_cache), "artifact_dir": str(artifact_folder())}
-        here = CellJob.from_dict({**given, **self._slot, **local})
-        result = self._supervisor.measure(here)
-        return {"row": result.row, "samples": result.samples}
+        return CellJob.from_dict({**given, **self._slot, **local})
 
     def close(self) -> None:
         """End every process of the slot and remove its files."""
@@ -91,16 +95,6 @@ class Runner:
             self._supervisor.close()
             self._supervisor = None
         shutil.rmtree(self._work, ignore_errors=True)
-
-
-def until_answer(run: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]) -> list[Any]:
-    """What the first of `jobs` gave, and those after it that still began within `ANSWER_S`."""
-    begun, results = time.monotonic(), list[Any]()
-    for job in jobs:
-        results.append(run(job))
-        if time.monotonic() - begun > ANSWER_S:
-            break
-    return results
 
 
 def undo_ray() -> dict[str, Any]:

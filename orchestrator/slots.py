@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -19,13 +19,15 @@ STARTING_S = 120.0
 PREPARING_S = 480.0
 # Beyond a cell's own limit: the supervisor needs a moment to kill it, read its remains and answer.
 GRACE_S = 45.0
-# What it may have to wait while its node sends an artifact, or makes a reference on its CPU.
+# What it may have to wait while its node sends an artifact; longer where a reference may be made on its CPU.
 DISTURBED_S = 600.0
 CLOSING_S = 10.0
 # Actors that died in a row without one finished run; then the slot is given up. More than one cell may take with it.
 MAX_STARTS = 4
 
 
+# A slot whose runs end this soon (they need no process) is sent several at once: the way there takes longer.
+ANSWER_S = 0.02
 _OF_THE_SLOT = frozenset({"device", "cpus", "ceilings", "idle_power_w"})
 
 
@@ -57,6 +59,7 @@ class BenchSlot:
     exchange: Any = None
     phase: Phase = Phase.ASLEEP
     actor: Any = None
+    pid: int | None = None
     pending: Any = None
     deadline: float = 0.0
     since: float = 0.0
@@ -112,13 +115,15 @@ class BenchSlot:
         self._await(call, Phase.PREPARING, PREPARING_S)
 
     def measure(self, jobs: Sequence[CellJob]) -> None:
-        """Send runs; the runner answers after the first, or after those that it can end within `runner.ANSWER_S`."""
-        self.jobs, sent = tuple(jobs), []
-        for job in jobs:
-            sent.append(to_wire(job, compile_cold=job.cell.cell_id not in self.compiled))
-            self.compiled.add(job.cell.cell_id)
+        """Send runs; the runner answers after the first, with what it knows of the others at once."""
+        self.jobs = tuple(jobs)
         allowed_s = max(limit_s(job, shared=self.exchange is not None) for job in jobs) + GRACE_S
-        self._await(self.actor.measure.remote(json.dumps(sent).encode()), Phase.BUSY, allowed_s)
+        self._await(self.actor.measure.remote(to_wire(jobs, self.compiled)), Phase.BUSY, allowed_s)
+
+    def answered(self) -> None:
+        """The first of the jobs has its row."""
+        self.compiled.add(self.jobs[0].cell.cell_id)
+        self.jobs = self.jobs[1:]
 
     def idle(self) -> None:
         self.pending, self.jobs, self.phase = None, (), Phase.IDLE
@@ -149,10 +154,14 @@ class BenchSlot:
         self.deadline = self.since + limit_s
 
 
-def to_wire(job: CellJob, *, compile_cold: bool) -> dict[str, Any]:
-    """A job for a runner, as JSON: what it knows of its slot is left out."""
-    own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
-    return own | {"cell": job.cell.to_dict(), "cell_id": job.cell.cell_id, "compile_cold": compile_cold}
+def to_wire(jobs: Sequence[CellJob], compiled: Collection[str]) -> bytes:
+    """Jobs for a runner, as JSON: what it knows of its slot is left out. `compiled` are ids of cells that it knows."""
+    sent = []
+    for job in jobs:
+        own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
+        cell_id = job.cell.cell_id
+        sent.append(own | {"cell": job.cell.to_dict(), "cell_id": cell_id, "compile_cold": cell_id not in compiled})
+    return json.dumps(sent).encode()
 
 
 def limit_s(job: CellJob, *, shared: bool = False) -> float:
@@ -161,7 +170,7 @@ def limit_s(job: CellJob, *, shared: bool = False) -> float:
     With other nodes (`shared`) it may wait in vain, and as long, for what another makes.
     """
     making_s = job.artifact_timeout_s * makers(job) + reference_s(job)
-    return job.timeout_s + making_s * (2 if shared else 1) + DISTURBED_S
+    return job.timeout_s + making_s * (2 if shared else 1) + max(DISTURBED_S, job.timeout_s)
 
 
 def bind(slot: BenchSlot, given: list[str], slots: Sequence[BenchSlot]) -> None:

@@ -113,11 +113,14 @@ def artifact_spec(
     `version=2` after the technique's way of making has changed.
     """
     made_by, model = optimizations()[technique.name], job.cell.model
+    # random weights are drawn by the device's own generator: another device has another model
+    drawn = {"drawn_on": [job.device.tag, job.device.name]} if model.source == "random" else {}
     inputs = {
         "model": {
             "source": model.source,
             "checkpoint": job_checkpoint(job),
             "trust_remote_code": model.trust_remote_code,
+            **drawn,
         },
         "options": {key: option(technique, key) for key in sorted(made_by.options)},
         "content": made_by.content(technique, job.search_path),

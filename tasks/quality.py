@@ -15,6 +15,7 @@ Here are the reference, the reading and their keeping; what is compared is in `q
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from tasks.models.identity import checkpoint_folder, config_of, job_checkpoint
 from tasks.models.packing import packing_of
 from tasks.probe import host_cpu
 from tasks.quality_choices import answer, answer_floor, compare_answers, questions
+from tasks.quality_images import VERSION as IMAGES_VERSION
 from tasks.quality_images import compare_images, image_outputs
 from tasks.quality_tasks import run_tasks
 from tasks.quality_text import compare_text, floors, text_outputs, windows
@@ -47,8 +49,10 @@ MAKER, FILE = "reference", "outputs.safetensors"  # in the artifact store
 NOT_JUDGED = frozenset({"kv-cache", "compile", "graphs", "control", "decode-loop", "allocator"})
 BATCH = 4  # windows at once; half of it for the floor
 HOST_SHARE = 0.8  # of the free memory of a host: at 95 % of all, Ray ends processes
-OTHER_INPUTS = "the fp32 reference was made of other inputs: this node's tokenizer or files differ from its maker's"
-VERSION = 5  # raised when the way of judging changes: older references, readings and rows are not reused
+OTHER_TOKENS = "the fp32 reference was made of other tokens: this node's tokenizer differs from its maker's"
+OTHER_IMAGES = "the fp32 reference was made of other images: this node's generator differs from its maker's"
+LIBRARIES = ("torch", "transformers", "tokenizers", "sentencepiece")
+VERSION = 4  # raised when the way of judging changes: older references, readings and rows are not reused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +108,8 @@ def reference_spec(job: CellJob) -> ArtifactSpec:
             "seed": job.seed,
             "device": None if reference_serves_all(job) else [job.device.tag, job.device.name],
             # builds for other devices (2.13.0+cpu) are one version
-            "versions": {name: (version(name) or "").partition("+")[0] for name in ("torch", "transformers")},
-            "version": VERSION,
+            "versions": {name: (version(name) or "").partition("+")[0] for name in LIBRARIES},
+            "version": VERSION if language else [VERSION, IMAGES_VERSION],
         },
     )
 
@@ -115,7 +119,7 @@ def reference_serves_all(job: CellJob) -> bool:
     mean other files on another node, or where the checkpoint was published for a library's quantized kernels."""
     model = job.cell.model
     if model.source == "hub":
-        return model.revision is not None
+        return re.fullmatch("[0-9a-f]{40}", model.revision or "") is not None  # a branch moves
     if checkpoint_folder(model) is None:
         return False
     config = config_of(model) or {}
@@ -205,11 +209,11 @@ def _judge(session: Session, found: Artifact) -> QualityReading | Missing:
         if _vision(session):
             outputs = image_outputs(session)
             if not torch.equal(outputs["digest"], reference["digest"]):
-                return Missing(reason=OTHER_INPUTS)
+                return Missing(reason=OTHER_IMAGES)
             return QualityReading(**known, **compare_images(outputs["logits"], reference["logits"]))
         outputs = text_outputs(session, windows(session), BATCH)
         if not torch.equal(outputs["targets"], reference["targets"]):
-            return Missing(reason=OTHER_INPUTS)
+            return Missing(reason=OTHER_TOKENS)
         fields = compare_text(outputs, reference, _trained(session))
         reasons: dict[str, str] = {}
         try:

@@ -7,9 +7,11 @@ others is `Alone`.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from tasks.artifacts import MANIFEST, ArtifactSpec, find, locked, making_folder
@@ -81,28 +83,42 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
+def machine_folder() -> Path:
+    """Where this user's processes on this machine find each other's locks: the store may be shared by machines."""
+    folder = Path(tempfile.gettempdir()) / f"benchmatrix-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 @contextmanager
-def undisturbed(root: Path) -> Iterator[None]:
-    """Held while something is measured on this machine; several may hold it, but not while one is `disturbing`."""
+def undisturbed(folder: Path | None = None) -> Iterator[None]:
+    """Held while something is measured on this machine; several may hold it, but not while one is `disturbing`.
+
+    `folder` holds the locks, `machine_folder` unless a test has its own. Where it cannot be locked, nothing is.
+    """
+    folder = folder or machine_folder()
     with ExitStack() as held:
         with ExitStack() as queue:
             # who waits to disturb stands in the queue: who would measure next waits behind it
-            queue.enter_context(_flock(root / ".queue", fcntl.LOCK_EX))
-            held.enter_context(_flock(root / ".measuring", fcntl.LOCK_SH))
+            queue.enter_context(_flock(folder / "queue", fcntl.LOCK_EX))
+            held.enter_context(_flock(folder / "measuring", fcntl.LOCK_SH))
         yield
 
 
 @contextmanager
-def disturbing(root: Path) -> Iterator[None]:
+def disturbing(folder: Path | None = None) -> Iterator[None]:
     """Held to send something, or to keep the host busy: waits for the measurements that run on this machine to end, and
     none begins meanwhile."""
-    with _flock(root / ".queue", fcntl.LOCK_EX), _flock(root / ".measuring", fcntl.LOCK_EX):
+    folder = folder or machine_folder()
+    with _flock(folder / "queue", fcntl.LOCK_EX), _flock(folder / "measuring", fcntl.LOCK_EX):
         yield
 
 
 @contextmanager
 def _flock(path: Path, kind: int) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, kind)
+    with ExitStack() as opened:
+        with suppress(OSError):
+            file = opened.enter_context(path.open("a+"))
+            fcntl.flock(file, kind)
         yield

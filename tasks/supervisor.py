@@ -55,23 +55,35 @@ class Supervisor:
         done = self._isolation.run("facts", payload, timeout_s=timeout_s)
         return done.result if done.result is not None else {"error": _what_happened(done, timeout_s)}
 
+    def at_once(self, job: CellJob) -> RunResult | None:
+        """The result of a run that needs no process: what it is made from is not there, or could not be made before."""
+        try:
+            job = _with_checkpoint(job)
+            needed, _ = wanted(job), _reference(job)
+        except Exception as error:  # a checkpoint or calibration text that is not there
+            return RunResult(row=_unreadable(job, error).to_dict())
+        for item in needed:
+            failure = self._ensure(item.spec, job, item.technique) if item.spec.key in self._impossible else None
+            if failure is not None:
+                return RunResult(row=_verdict(job, failure, item.technique).to_dict())
+        return None
+
     def measure(self, job: CellJob) -> RunResult:
         """One run of one cell. Never raises for the cell's own fault: every end becomes a row."""
+        result = self.at_once(job)
+        if result is not None:
+            return result
         environment: dict[str, str] = {}
         known = optimizations()
         for technique in job.cell.stack.techniques:
             environment |= known[technique.name].environment(technique)
-        try:
-            job = _with_checkpoint(job)
-            needed, reference = wanted(job), _reference(job)
-        except Exception as error:  # a checkpoint or calibration text that is not there
-            return RunResult(row=_unreadable(job, error).to_dict())
-        failure = self._have_made(job, needed, reference)
+        job = _with_checkpoint(job)
+        failure = self._have_made(job, wanted(job), _reference(job))
         if failure is not None:
             return RunResult(row=failure.to_dict())
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
-        with undisturbed(Path(job.artifact_dir)):
+        with undisturbed():
             done = self._isolation.run(
                 "cell", job.to_dict(), timeout_s=job.timeout_s, executed=executed, environment=environment
             )
@@ -87,7 +99,7 @@ class Supervisor:
         for item in needed:
             failure = self._ensure(item.spec, job, item.technique)
             if failure is not None:
-                return _verdict(job, failure, f"the artifact of {item.technique}")
+                return _verdict(job, failure, item.technique)
         if reference is not None:
             self._ensure(reference, job)  # without it the row's quality is null and says so
         return None
@@ -129,7 +141,7 @@ class Supervisor:
             return failure
         if self._found(spec, job, None, able=False):
             return None
-        with disturbing(Path(job.artifact_dir)):
+        with disturbing():
             return self._try(spec, on_the_host(job), None)
 
     def _try(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None) -> Row | None:
@@ -183,11 +195,11 @@ def _unreadable(job: CellJob, error: Exception) -> Row:
     return row
 
 
-def _verdict(job: CellJob, failure: Row, what: str) -> Row:
+def _verdict(job: CellJob, failure: Row, technique: Technique) -> Row:
     """The row of a run that had no artifact, from what became of making it."""
     row = Row()
     row.set(**job_columns(job), outcome=failure["outcome"], error_type=failure["error_type"])
-    row.set(reason=f"{what} could not be made: {failure['reason']}")
+    row.set(reason=f"the artifact of {technique} could not be made: {failure['reason']}")
     return row
 
 

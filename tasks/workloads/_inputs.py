@@ -48,20 +48,13 @@ def _text_tokens(tokenizer: Any, total: int, seed: int) -> list[int]:
     return ids[:total]
 
 
-def images(
-    session: Session, batch_size: int, size: int, channels: int = 3, count: int = SETS, *, on_host: bool = False
-) -> list[torch.Tensor]:
-    """`count` batches of normal random images, shape (batch_size, channels, size, size), in the model's dtype.
-
-    Drawn on the device; with `on_host` in fp32 on the host and left there: the same images on every machine.
-    """
+def images(session: Session, batch_size: int, size: int, channels: int = 3, count: int = SETS) -> list[torch.Tensor]:
+    """`count` batches of normal random images, shape (batch_size, channels, size, size), in the model's dtype."""
     import torch
 
-    device = torch.device("cpu") if on_host else session.device
-    generator = torch.Generator(device).manual_seed(session.job.seed)
-    dtype = torch.float32 if on_host else images_dtype(session)
-    shape = (batch_size, channels, size, size)
-    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+    generator = torch.Generator(session.device).manual_seed(session.job.seed)
+    shape, dtype = (batch_size, channels, size, size), images_dtype(session)
+    return [torch.randn(shape, generator=generator, device=session.device).to(dtype) for _ in range(count)]
 
 
 def images_dtype(session: Session) -> torch.dtype:

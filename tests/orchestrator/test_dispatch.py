@@ -22,7 +22,6 @@ from orchestrator.inventory import Inventory, Node, bench_devices
 from orchestrator.journal import read_journal
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.runner import until_answer
 from orchestrator.slots import DISTURBED_S, BenchSlot, Phase, limit_s
 from orchestrator.store import Store, StoreFull
 from orchestrator.sweep import make_sweep
@@ -394,19 +393,6 @@ class TestSeveralAtOnce:
         busy.bench.offer()
         assert {job.cell for job in busy.bench.finish_all(1)} >= {job.cell for job in busy.block[1:]}
         assert busy.bench.work.outcomes() == {"ok": 8}, "two groups of four cells, all rounds"
-
-    def test_the_runner_answers_when_its_time_is_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        now = [0.0]
-        monkeypatch.setattr("orchestrator.runner.time.monotonic", lambda: now[0])
-
-        def run(job: dict[str, Any]) -> dict[str, Any]:
-            now[0] += job["s"]
-            return job
-
-        slow, fast = {"s": 9.0}, {"s": 0.001}
-        assert until_answer(run, [slow, fast]) == [slow]
-        assert until_answer(run, [fast, fast, slow, fast]) == [fast, fast, slow]
-        assert until_answer(run, [fast] * 16) == [fast] * 16
 
 
 def test_a_tag_that_nobody_has_is_said_at_once_and_can_still_come(folder: Path) -> None:

@@ -62,14 +62,24 @@ class TestExchange:
         assert exchange.claim("k", "c/1", 10.0)[0] == "wait"
         now[0] = 11.0
         assert exchange.claim("k", "c/1", 10.0)[0] == "fetch"
-        exchange.forget("c")
+        exchange.forget("c/1")
         assert exchange.claim("k", "d/1", 10.0)[0] == "fetch"
+
+    def test_one_slot_of_a_node_receives_for_both(self) -> None:
+        exchange = Exchange()
+        exchange.keep("k", "a/1", "courier of a")
+        exchange.keep("k", "b/1", "courier of b")
+        assert exchange.claim("k", "c/1", 100.0)[0] == "fetch"
+        assert exchange.claim("k", "c/2", 100.0)[0] == "wait"
+        exchange.release("k", "c/1")
+        assert exchange.claim("k", "c/2", 100.0)[0] == "fetch"
 
     def test_after_a_failure_all_others_try_for_themselves(self) -> None:
         exchange = Exchange()
         exchange.claim("k", "small/1", 100.0)
         assert exchange.claim("k", "large/1", 100.0)[0] == "wait"
         exchange.fail("k", "small/1")
+        assert exchange.claim("k", "small/1", 100.0, able=False)[0] == "wait", "large asks again in a second"
         assert exchange.claim("k", "large/1", 100.0)[0] == "make"
         assert exchange.claim("k", "larger/1", 100.0)[0] == "make", "nobody waits for one who may fail as well"
         assert exchange.claim("k", "small/1", 100.0)[0] == "wait", "but who has failed does"
@@ -94,6 +104,15 @@ class TestExchange:
         exchange.keep("k", "large/1", "courier")
         assert exchange.claim("k", "small/1", 100.0, able=False)[:2] == ("fetch", "large")
 
+    def test_two_that_are_not_able_do_not_wait_for_each_other(self) -> None:
+        exchange = Exchange()
+        exchange.claim("k", "large/1", 100.0)
+        for slot in ("small/1", "small/2"):
+            assert exchange.claim("k", slot, 100.0, able=False)[0] == "wait"
+        exchange.fail("k", "large/1")
+        for slot in ("small/1", "small/2"):
+            assert exchange.claim("k", slot, 100.0, able=False)[0] == "lack"
+
     def test_who_waited_long_ago_waits_no_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         exchange, now = Exchange(), [0.0]
         monkeypatch.setattr("orchestrator.exchange.time.monotonic", lambda: now[0])
@@ -116,8 +135,10 @@ class TestExchange:
         exchange.keep("held", "a/1", "courier")
         exchange.claim("made", "a/1", 100.0)
         exchange.claim("elsewhere", "b/1", 100.0)
-        exchange.forget("a")
+        exchange.keep("other", "a/2", "courier of its neighbour")
+        exchange.forget("a/1")
         assert exchange.claim("held", "c/1", 100.0)[0] == exchange.claim("made", "c/1", 100.0)[0] == "make"
+        assert exchange.claim("other", "c/1", 100.0)[0] == "fetch"
         assert exchange.claim("elsewhere", "c/1", 100.0)[0] == "wait"
 
     def test_a_promise_to_make_it_ends(self) -> None:

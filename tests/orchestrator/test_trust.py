@@ -98,7 +98,7 @@ def test_the_runner_answers_with_plain_data_only(tmp_path: Path, bench: Any, mon
     try:
         runner.prepare(probe().devices[-1].to_dict(), [], {})
         job = bench.job(bench.cell("forward", model=model), search_path=search_path)
-        answered = runner.measure(json.dumps([to_wire(job, compile_cold=True)]).encode())
+        answered = runner.measure(to_wire([job], ()))
     finally:
         runner.close()
     assert type(answered) is bytes

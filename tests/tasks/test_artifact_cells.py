@@ -211,8 +211,11 @@ class TestFailing:
     def test_becomes_the_outcome(self, slot: Supervisor, job: Any, end: str, outcome: str, reason: str) -> None:
         limited = {"artifact_timeout_s": 3.0} if end == "slow" else {}
         first = job(f"shrunk:end={end}", **limited)
+        assert slot.at_once(first) is None, "nobody has tried it yet"
         rows = [slot.measure(first).row, slot.measure(dataclasses.replace(first, round=1)).row]
-        for row in rows:
+        known = slot.at_once(dataclasses.replace(first, round=2))
+        assert known is not None and slot.at_once(job("baseline")) is None
+        for row in [*rows, known.row]:
             assert row["outcome"] == outcome
             assert row["reason"].startswith(f"the artifact of shrunk:end={end} could not be made: ")
             assert reason in row["reason"]
@@ -258,13 +261,19 @@ class TestKey:
         monkeypatch.undo()
         assert wanted(base)[0].spec.key == keys[0]
 
+    def test_with_the_device_where_it_draws_the_weights(self, job: Any, bench: Any) -> None:
+        for model, one in ((bench.POCKET, True), (bench.language, False)):
+            base = job("shrunk")
+            base = dataclasses.replace(base, cell=dataclasses.replace(base.cell, model=model))
+            other = dataclasses.replace(base, device=dataclasses.replace(base.device, name="another"))
+            assert (wanted(base)[0].spec.key == wanted(other)[0].spec.key) == one, model.id
+
     def test_not_with_the_rest(self, job: Any) -> None:
-        """One artifact for every workload, device, attention and round."""
+        """One artifact for every workload, attention and round."""
         base = job("shrunk")
         key = wanted(base)[0].spec.key
         for other in (
             job("shrunk+eager"), job("bf16+shrunk"), dataclasses.replace(base, round=3, run_id="later"),
-            dataclasses.replace(base, device=dataclasses.replace(base.device, name="another")),
         ):  # fmt: skip
             assert wanted(other)[0].spec.key == key
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tasks.artifacts import find
 from tasks.cell import ModelSpec
@@ -28,7 +32,6 @@ from tasks.quality import (
     reference_serves_all,
     reference_spec,
 )
-from tasks.quality_images import image_outputs
 from tasks.quality_text import divergence as divergence_of
 from tasks.row import Row
 from tasks.session import Session
@@ -289,7 +292,8 @@ def test_which_devices_share_a_reference(bench: Any, tmp_path: Path) -> None:
     assert not shared(bench.language), "random weights are each device's own"
     hub = ModelSpec(id="hub", source="hub", reference="org/name", kind="language")
     assert not shared(hub), "a name without its revision may be other files elsewhere"
-    assert shared(replace(hub, revision="0123abc"))
+    assert not shared(replace(hub, revision="main"))
+    assert shared(replace(hub, revision="0123456789abcdef" * 2 + "01234567"))
     shutil.copytree(POCKET, tmp_path / "published")
     config = json.loads((POCKET / "config.json").read_text())
     published = ModelSpec(id="mine", source="path", reference=str(tmp_path / "published"), kind="language")
@@ -300,17 +304,29 @@ def test_which_devices_share_a_reference(bench: Any, tmp_path: Path) -> None:
         assert shared(published) == expected, method
 
 
-def test_images_are_the_same_on_every_device(bench: Any, tmp_path: Path) -> None:
-    """A device's own generator draws others, and a reference of other images says nothing."""
+def test_images_are_the_same_on_every_machine(bench: Any, tmp_path: Path) -> None:
+    """A device's own generator draws others, and so does torch.randn with other vector instructions."""
+    from tasks.quality_images import drawn_images
+
+    images = drawn_images(32, 0)
+    assert abs(float(images.mean())) < 0.01 and float(images.std()) == pytest.approx(1.0, rel=0.01)
+    code = "from tasks.quality_images import drawn_images as d; print(d(32, 0).double().pow(3).sum().item())"
+    for capability in ("default", "avx2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert float(done.stdout) == pytest.approx(float(images.double().pow(3).sum()), rel=1e-12), capability
     with bench.live(bench.job(bench.cell("forward", "fp32"), artifact_dir=str(tmp_path)), calls=0) as session:
         make_reference(Session(job=session.job, device=session.device, row=Row()))
         assert isinstance(judge(session), QualityReading)
-        expected = image_outputs(session)["digest"]
-        torch.manual_seed(7)
-        torch.randn(5)
-        assert torch.equal(image_outputs(session)["digest"], expected)
-        session.job = replace(session.job, seed=session.job.seed + 1)
-        assert not torch.equal(image_outputs(session)["digest"], expected)
+        (reference,) = tmp_path.rglob("outputs.safetensors")
+        changed = load_file(reference)
+        changed["digest"] = changed["digest"].flip(0)
+        save_file(changed, reference)
+        session.job = replace(session.job, run_id="later")
+        reading = judge(session)
+    assert isinstance(reading, Missing) and "other images" in reading.reason
 
 
 def test_a_reference_of_other_tokens_is_no_reference(bench: Any, tmp_path: Path) -> None:
@@ -322,7 +338,7 @@ def test_a_reference_of_other_tokens_is_no_reference(bench: Any, tmp_path: Path)
     with bench.live(job, calls=0) as session:
         session.loaded = replace(session.loaded, tokenizer=None)
         reading = judge(session)
-    assert isinstance(reading, Missing) and "other inputs" in reading.reason
+    assert isinstance(reading, Missing) and "other tokens" in reading.reason
 
 
 class TestWhoMakesTheReference:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.artifacts import MANIFEST, ArtifactSpec, Manifest, find
-from tasks.sharing import CHUNK_BYTES, disturbing, parts, receive, undisturbed
+from tasks.sharing import CHUNK_BYTES, disturbing, machine_folder, parts, receive, undisturbed
 
 SPEC = ArtifactSpec(maker="gptq", inputs={"bits": 4})
 
@@ -115,3 +115,19 @@ def test_nothing_is_sent_while_something_is_measured(tmp_path: Path) -> None:
     sender.join(5)
     following.join(5)
     assert order == ["sent", "measured next"], "whoever waits to send is not starved by those that measure"
+
+
+def test_locks_that_cannot_be_had_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with undisturbed(tmp_path / "no" / "such" / "folder"), disturbing(tmp_path / "nowhere"):
+        pass
+    monkeypatch.setattr("tasks.sharing.fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
+    with undisturbed(tmp_path), undisturbed(tmp_path):
+        pass
+
+
+def test_locks_belong_to_the_machine() -> None:
+    """Not to a store, which several machines may share, nor to a working directory."""
+    before = set(Path.cwd().iterdir())
+    with undisturbed():
+        assert (machine_folder() / "measuring").exists()
+    assert set(Path.cwd().iterdir()) == before
