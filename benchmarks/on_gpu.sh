@@ -3,6 +3,8 @@
 # keeping what it has measured when the limit strikes.
 #
 #   benchmarks/on_gpu.sh OUT tests llama attention calibration instrumentation
+#
+# With DEADLINE (seconds since 1970) nothing goes on beyond it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
@@ -11,7 +13,14 @@ mkdir -p "$out"
 PYTHON=${PYTHON:-python}
 
 limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
-    timeout --signal=INT --kill-after=60 "$@"
+    local seconds=$1 left
+    shift
+    left=$((${DEADLINE:-9999999999} - $(date +%s)))
+    if ((left < 20)); then
+        echo "no time for: $*"
+        return
+    fi
+    timeout --signal=INT --kill-after=60 $((left < seconds ? left : seconds)) "$@"
 }
 
 sweep() { # SECONDS NAME FOLDER [OPTION...]
@@ -23,7 +32,7 @@ for part in "$@"; do
     echo "== $part, $(date +%T)"
     case $part in
     tests)
-        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu tests/gpu --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
+        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
         tail -n 60 "$out/tests.txt"
         ;;
     llama)

@@ -34,16 +34,6 @@ LARGE_LLAMA = {
 
 
 @pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
-@pytest.fixture(scope="module")
 def large(bench: Any) -> ModelSpec:
     return bench.random_model("large-llama", LARGE_LLAMA, "language")  # type: ignore[no-any-return]
 

@@ -50,16 +50,6 @@ BYTES = {
 
 
 @pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
-@pytest.fixture(scope="module")
 def medium(bench: Any) -> ModelSpec:
     return bench.random_model("medium-llama", MEDIUM_LLAMA, "language")  # type: ignore[no-any-return]
 

@@ -18,16 +18,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mar
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 2, "vocab_size": 256, "n_positions": 128}
 
 
-@pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
 def proof(name: str, session: Any) -> Evidence:
     (chosen,) = parse_stack(name).techniques
     return optimizations()[chosen.name].evidence(chosen, session)

@@ -43,16 +43,6 @@ MEDIUM_LLAMA = {
 
 
 @pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
-@pytest.fixture(scope="module")
 def slot(card: DeviceInfo, bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     """One supervisor for the whole module: what one cell does must not harm the next."""
     folder = tmp_path_factory.mktemp("slot")

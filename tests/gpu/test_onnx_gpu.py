@@ -15,16 +15,6 @@ from tasks.stacks import parse_stack, unsupported
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
 def proof(name: str, session: Any) -> Evidence:
     (chosen,) = parse_stack(name).techniques
     return optimizations()[chosen.name].evidence(chosen, session)

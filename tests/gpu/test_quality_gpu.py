@@ -23,16 +23,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mar
 
 
 @pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quality")
 

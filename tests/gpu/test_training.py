@@ -52,16 +52,6 @@ STACKS = [
 
 
 @pytest.fixture(scope="module")
-def card() -> DeviceInfo:
-    from tasks.probe import probe
-
-    cards = [device for device in probe().devices if device.kind == "cuda"]
-    if not cards:
-        pytest.skip("no CUDA device")
-    return cards[0]
-
-
-@pytest.fixture(scope="module")
 def model(bench: Any) -> ModelSpec:
     return bench.random_model("trained-llama", TRAINED, "language")  # type: ignore[no-any-return]
 
