@@ -77,8 +77,12 @@ def _line(control: dict[str, Any], judged: dict[str, Any], values: dict[str, lis
     why = []
     if not values or math.isnan(ratio):
         why.append("no pair of measured rounds")
-    if judged.get("verdict") not in (None, INDISTINGUISHABLE):
-        why.append(f"called {judged['verdict']}")
+    verdict = judged.get("verdict")
+    if isinstance(verdict, str) and verdict != INDISTINGUISHABLE:
+        why.append(f"called {verdict}")
+    barred = judged.get("barred")
+    if isinstance(barred, list) and barred:
+        why.append(f"no verdict: {', '.join(barred)}")
     if abs(ratio - 1) > limit:
         why.append(f"ratio off by {abs(ratio - 1):.1%}, limit {limit:.0%}")
     if variation > limit:

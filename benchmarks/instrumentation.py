@@ -12,10 +12,12 @@ import argparse
 import json
 import random
 import time
+from contextlib import nullcontext
 
 from scipy.stats import binom
 
 from tasks.cell import NO_MODEL, Cell, ModelSpec, WorkloadPoint
+from tasks.cores import Feeder
 from tasks.job import CellJob
 from tasks.nvml import open_gpu
 from tasks.probe import probe
@@ -134,10 +136,11 @@ def main():
             per_call = bare_latency(session, 3)
             calls = max(1, round(SLICE_S / per_call))
             passes._chunk_calls = max(1, round(0.025 / per_call))
-            latency = compare(chosen.pairs, lambda: bare_latency(session, calls, passes.timings.block),  # noqa: B023
-                              lambda: our_latency(session, passes, calls))  # noqa: B023  # fmt: skip
-            throughput = compare(chosen.pairs, lambda: bare_throughput(session, calls),  # noqa: B023
-                                 lambda: our_throughput(session, passes, calls))  # noqa: B023  # fmt: skip
+            with Feeder().seated() if session.on_cuda else nullcontext():
+                latency = compare(chosen.pairs, lambda: bare_latency(session, calls, passes.timings.block),  # noqa: B023
+                                  lambda: our_latency(session, passes, calls))  # noqa: B023  # fmt: skip
+                throughput = compare(chosen.pairs, lambda: bare_throughput(session, calls),  # noqa: B023
+                                     lambda: our_throughput(session, passes, calls))  # noqa: B023  # fmt: skip
         shown = ["{:+.2%} [{:+.2%}, {:+.2%}]".format(*figures) for figures in (latency, throughput)]
         print(f"| {case} | {per_call * 1e3:.3f} | {shown[0]} | {shown[1]} |", flush=True)
         results[case] = {"ms": per_call * 1e3, "latency": latency, "throughput": throughput}

@@ -18,6 +18,7 @@ from tasks.telemetry import Telemetry, TelemetrySummary
 if TYPE_CHECKING:
     import torch
 
+    from tasks.cores import Feeder
     from tasks.job import CellJob
     from tasks.session import Session
 
@@ -110,12 +111,14 @@ class Conditions:
         if self._cpu_watch is not None:
             self._report = self._cpu_watch.end()
 
-    def judge(self) -> None:
-        """Put settings as read back, and findings, into the row."""
+    def judge(self, feeder: Feeder | None = None) -> None:
+        """Put settings as read back, and findings, into the row; of `feeder` from which CPU a GPU was fed."""
         row = self._session.row
         facts = fingerprint(self._session.gpu)
         environment = json.loads(facts.pop("environment", "{}"))
         row.flag(*self._foreign)
+        if feeder is not None and feeder.choices:
+            environment["fed_from"] = feeder.to_dict()
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from tasks.cores import step_aside
 from tasks.energy_window import (
     MIN_TICKS,
     STUCK_S,
@@ -211,6 +212,7 @@ class _Meter:
                 self.powers.append((self._clock(), watts))
 
     def _watch(self) -> None:
+        step_aside()
         delay = poll_s = _poll_s(self.tick_s)
         learned = False
         while not self._stop.wait(delay):

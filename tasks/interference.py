@@ -146,15 +146,15 @@ def compare(
     )
 
 
-def canary_s(repeats: int = 7) -> float:
+def canary_s(repeats: int = 7, *, rounds: int = 20_000) -> float:
     """Seconds of a fixed integer loop, the least of some repeats: moves with the core's clock and its neighbours."""
-    return min(_canary_loop() for _ in range(repeats))
+    return min(_canary_loop(rounds) for _ in range(repeats))
 
 
-def _canary_loop() -> float:
+def _canary_loop(rounds: int) -> float:
     begun = time.perf_counter()
     total = 0
-    for number in range(20_000):
+    for number in range(rounds):
         total += number ^ 5
     return time.perf_counter() - begun
 

@@ -71,20 +71,21 @@ class _Life:
                 passes.warm_up()
             with _collector_off():
                 conditions.begin()
-                with self._phase(Phase.LATENCY, "measure_s"):
-                    passes.latency()
-                if session.on_cuda:
-                    with self._phase(Phase.DEVICE, "measure_s"):
-                        passes.device()
-                conditions.watch()
-                with self._phase(Phase.THROUGHPUT, "measure_s"):
-                    passes.throughput()
+                with passes.feeding():
+                    with self._phase(Phase.LATENCY, "measure_s"):
+                        passes.latency()
+                    if session.on_cuda:
+                        with self._phase(Phase.DEVICE, "measure_s"):
+                            passes.device()
+                    conditions.watch()
+                    with self._phase(Phase.THROUGHPUT, "measure_s"):
+                        passes.throughput()
                 conditions.end()
             self._prove(session)
             if self.job.quality:
                 with self._phase(Phase.QUALITY, "quality_s"):
                     session.quality = judge(session)
-        conditions.judge()
+        conditions.judge(passes.feeder)
 
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tasks.cores import step_aside
 from tasks.gpu import POWER_CAP_COUNTER, THROTTLING, EventReason, Gpu
 
 CLOCK_DRIFT = 0.02
@@ -103,6 +104,7 @@ class Telemetry:
         return [mhz for mhz, _ in known], [at for _, at in known]
 
     def _run(self) -> None:
+        step_aside()
         while not self._stopped.is_set():
             self._awake.wait()
             with self._asking:

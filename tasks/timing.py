@@ -11,10 +11,12 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect_right
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import Compilation, compilation
+from tasks.cores import Feeder
 from tasks.job import SampleSeries
 from tasks.statistics import batch_median_halfwidth, median, steady
 from tasks.workload import END, SETUP
@@ -79,6 +81,11 @@ class Passes:
         self._single = False  # the call is one segment, so that calls can be joined to blocks
         self._seconds_per_call = 0.0
         self._chunk_calls = 1
+        self.feeder = Feeder()
+
+    def feeding(self) -> AbstractContextManager[None]:
+        """Around the timed passes: on CUDA, this thread launches from the CPU that is fastest now."""
+        return self.feeder.seated() if self.session.on_cuda else nullcontext()
 
     def first_call(self) -> None:
         """One whole call, synchronised."""
@@ -167,6 +174,7 @@ class Passes:
             if len(rounds) % 16 == 0:
                 # the queue may not grow without bound, and the loop above must see true time
                 self.session.synchronize()
+                self.feeder.look()
         self.session.synchronize()
         kept: dict[str, tuple[list[float], list[float]]] = {}
         for events in rounds:
@@ -195,6 +203,7 @@ class Passes:
         boundaries = step.boundaries
         seconds = call_s = 0.0
         self.session.synchronize()
+        self.feeder.look()
         opened = time.perf_counter()
 
         def mark(label: str) -> None:
@@ -234,6 +243,7 @@ class Passes:
 
         indices = [self._next() for _ in range(block)]
         synchronize()
+        self.feeder.look()
         started = time.perf_counter_ns()
         for index in indices[:-1]:
             self.step.run(index, _ignore)

@@ -52,6 +52,19 @@ def test_a_planted_difference_fails_the_gate_and_bars_the_group(loaded, build) -
     assert floors(frame) == {}
 
 
+def test_a_control_that_a_flag_bars_fails_the_gate(loaded, build) -> None:
+    """Its verdict is null then, which pandas gives as NA where other verdicts are text."""
+    frame = _frame(loaded, build, effect=0.0)
+    of_one_group = frame["group_id"] == frame["group_id"].iloc[0]
+    flags = [["passes_contradict"] if here else had for here, had in zip(of_one_group, frame["flags"], strict=True)]
+    frame = frame.assign(flags=pd.Series(flags, index=frame.index, dtype="object"))
+    lines = gate(frame)
+    assert lines["passed"].sum() == 3
+    assert "passes_contradict" in lines.loc[~lines["passed"], "why"].item()
+    barred = with_gate(frame)
+    assert [FAILED in had for had in barred["flags"]] == of_one_group.tolist()
+
+
 def test_rounds_that_disagree_fail_the_gate(loaded, build) -> None:
     lines = gate(_frame(loaded, build, effect=0.0, noise=0.06))
     assert not lines["passed"].all()
