@@ -51,7 +51,7 @@ for part in "$@"; do
         "$PYTHON" benchmarks/repeatability.py "$out/aa-gpu-1" "$out/aa-gpu-2"
         ;;
     instrumentation)
-        limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs 12
+        limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
     systematic)
         limited 240 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
@@ -65,7 +65,7 @@ for part in "$@"; do
         "$PYTHON" benchmarks/two_devices.py "$out/parallel" "$out/gpu0" "$out/gpu1"
         ;;
     *)
-        sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline
+        sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline ${ROUNDS:+--set rounds=$ROUNDS}
         ;;
     esac
 done

@@ -18,8 +18,8 @@ from pathlib import Path
 from tasks.interference import canary_s
 
 CANDIDATES = 16  # of more CPUs, as many by chance
-LOOK_EVERY_S = 0.5
-SLOWER = 1.1  # than the fastest at the last choice: time to choose again
+LOOK_EVERY_S = 0.05  # slow spells last tenths of a second
+SLOWER = 1.25  # than the fastest seen: a neighbour, not the clock; time to choose again
 # PyTorch's threads that launch the backward pass, while the main thread waits for them
 _LAUNCHING = "pt_autograd"
 
@@ -27,12 +27,15 @@ _beside: frozenset[int] = frozenset()
 
 
 class Feeder:
-    """Chooses among the CPUs of this process. One look costs a millisecond, a choice one for each candidate."""
+    """Chooses among the CPUs of this process. One look costs half a millisecond, a choice as much for each candidate.
+
+    The first choice looks at all candidates, later ones take the first that is about as fast as the fastest seen.
+    """
 
     def __init__(
         self,
         *,
-        speed: Callable[[], float] = lambda: canary_s(4, rounds=5_000),
+        speed: Callable[[], float] = lambda: canary_s(2, rounds=5_000),
         move: Callable[[set[int]], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -56,15 +59,19 @@ class Feeder:
             self._allowed, _beside = set(), frozenset()
 
     def look(self) -> None:
-        """Between calls: choose again if this CPU is no longer as fast as the fastest was."""
-        if not self._allowed or self._clock() - self._looked < LOOK_EVERY_S:
+        """Between calls: choose again if this CPU is no longer about as fast as the fastest was."""
+        if not self.due():
             return
         self._looked = self._clock()
         if self._speed() > SLOWER * self.fastest_s:
             self._choose()
 
+    def due(self) -> bool:
+        """Whether the last look is long enough ago for another one."""
+        return bool(self._allowed) and self._clock() - self._looked >= LOOK_EVERY_S
+
     def to_dict(self) -> dict[str, float | int | None]:
-        """For the row's environment; milliseconds of the loop on the fastest and slowest CPU at the last choice."""
+        """For the row's environment; milliseconds of the loop on the fastest and slowest CPU seen."""
         return {
             "cpu": self.cpu,
             "choices": self.choices,
@@ -74,15 +81,18 @@ class Feeder:
 
     def _choose(self) -> None:
         global _beside
-        candidates = sorted(self._allowed)
-        if len(candidates) > CANDIDATES:
-            candidates = random.sample(candidates, CANDIDATES)
-        found = []
-        for cpu in candidates:
+        found: list[tuple[float, int]] = []
+        for cpu in random.sample(sorted(self._allowed), min(len(self._allowed), CANDIDATES)):
             self._move({cpu})
             found.append((self._speed(), cpu))
-        (self.fastest_s, self.cpu), (self.slowest_s, _) = min(found), max(found)
+            if self.choices and found[-1][0] <= SLOWER * self.fastest_s:
+                break
+        seconds, self.cpu = min(found)
         self._move({self.cpu})
+        self.slowest_s = max(self.slowest_s, max(found)[0])
+        if not self.choices or seconds > SLOWER * self.fastest_s:  # the first, or the whole host is slower now
+            self.fastest_s = seconds
+        self.fastest_s = min(self.fastest_s, seconds)
         _beside = frozenset(self._allowed - {self.cpu}) or frozenset(self._allowed)
         self.choices += 1
         self._looked = self._clock()

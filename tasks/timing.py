@@ -1,9 +1,9 @@
 """Warm-up and the three passes: host latency, device time, throughput. They never share a call.
 
 Latency synchronises after every segment and reads the clock, so it holds launch and synchronisation; device time is
-the distance between events on the stream; throughput synchronises only around chunks. A call shorter than a
-millisecond is timed in blocks of equal calls, since the clock and the events resolve about half a microsecond and
-single launches of short kernels scatter by more than themselves.
+the distance between events on the stream; throughput keeps a chunk queued behind the one that runs, where the device
+would otherwise idle between them. A call shorter than a millisecond is timed in blocks of equal calls, since the clock
+and the events resolve about half a microsecond and single launches of short kernels scatter by more than themselves.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MAX_SAMPLES = 20_000
 MIN_SAMPLES = 10
 CHUNK_S = 0.025  # a quarter of the energy counter's tick; a synchronisation costs a thousandth of it
 STEADY_TOLERANCE = 0.02
+MOST_DRY = 8  # a device that finishes its queue again and again waits for the host after all
+LAUNCH_BOUND = 0.9  # share of a call that the host needs to issue it, beyond which the device waits for the host
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,9 @@ class Passes:
         self._seconds_per_call = 0.0
         self._chunk_calls = 1
         self.feeder = Feeder()
+        self._queued: Any = None  # the event at the end of the last chunk that was queued
+        self._returned = 0.0  # when the one before it was seen to be done
+        self._dry = 0  # how often nothing was queued any more
 
     def feeding(self) -> AbstractContextManager[None]:
         """Around the timed passes: on CUDA, this thread launches from the CPU that is fastest now."""
@@ -171,7 +176,7 @@ class Passes:
             rounds.append(events)
             if used >= len(pool) or sum(len(item) for item in rounds) > MAX_SAMPLES:
                 break
-            if len(rounds) % 16 == 0:
+            if len(rounds) % 16 == 0 or (self._waits_for_launches() and self.feeder.due()):
                 # the queue may not grow without bound, and the loop above must see true time
                 self.session.synchronize()
                 self.feeder.look()
@@ -184,7 +189,7 @@ class Passes:
         self._keep("device", kept)
 
     def throughput(self) -> None:
-        """Chunks of whole calls with one synchronisation each; the energy meter, if any, decides when it is enough."""
+        """Chunks of whole calls; the energy meter, if any, decides when it is enough."""
         profile = self.session.profile
         self._chunk_calls = max(1, round(CHUNK_S / max(self._seconds_per_call, 1e-6)))
         if self.session.meter is not None:
@@ -199,6 +204,48 @@ class Passes:
 
     def _chunk(self) -> float:
         """One chunk of whole calls; returns the units that its energy is shared among."""
+        queueing = not self.step.boundaries and self.session.on_cuda and not self._waits_for_launches()
+        if queueing and self._dry < MOST_DRY:
+            return self._queued_chunk()
+        return self._synchronised_chunk()
+
+    def _waits_for_launches(self) -> bool:
+        shares = self.timings.issue_shares
+        return bool(shares) and median(shares) > LAUNCH_BOUND
+
+    def _queued_chunk(self) -> float:
+        """A chunk behind one that the device has not finished, and the wait for that one: the device never idles.
+
+        Each return is the end of one chunk, so the time between two returns is that of a chunk.
+        """
+        import torch
+
+        result = self.timings.throughput
+
+        def queue() -> Any:
+            for _ in range(self._chunk_calls):
+                self.step.run(self._next(), _ignore)
+            event = torch.cuda.Event()
+            event.record()
+            return event
+
+        dry = self._queued is None or self._queued.query()
+        if dry:
+            self._dry += 1
+            self._queued = queue()
+        before, self._queued = self._queued, queue()
+        self.feeder.look()
+        before.synchronize()
+        now = time.perf_counter()
+        units = float(self.step.units_per_call * self._chunk_calls)
+        if not dry:
+            result.seconds += now - self._returned
+            result.units += units
+            result.calls += self._chunk_calls
+        self._returned = now
+        return float((self.step.energy_units_per_call or self.step.units_per_call) * self._chunk_calls)
+
+    def _synchronised_chunk(self) -> float:
         step, result = self.step, self.timings.throughput
         boundaries = step.boundaries
         seconds = call_s = 0.0
@@ -231,26 +278,29 @@ class Passes:
     def _host_call(self) -> dict[str, list[float]]:
         """One call (or block) with a synchronised clock reading per segment; milliseconds by label."""
         synchronize, block = self.session.synchronize, self.timings.block
+        opened: list[int] = []
         issued: list[int] = []
-        times: list[int] = []
+        closed: list[int] = []
         labels: list[str] = []
 
         def mark(label: str) -> None:
             issued.append(time.perf_counter_ns())
             synchronize()
-            times.append(time.perf_counter_ns())
+            closed.append(time.perf_counter_ns())
             labels.append(label)
+            self.feeder.look()
+            opened.append(time.perf_counter_ns())
 
         indices = [self._next() for _ in range(block)]
         synchronize()
         self.feeder.look()
-        started = time.perf_counter_ns()
+        opened.append(time.perf_counter_ns())
         for index in indices[:-1]:
             self.step.run(index, _ignore)
         self.step.run(indices[-1], mark)
         result: dict[str, list[float]] = {}
         shares = []
-        for label, given, (before, after) in zip(labels, issued, itertools.pairwise([started, *times]), strict=True):
+        for label, before, given, after in zip(labels, opened, issued, closed, strict=False):
             result.setdefault(label, []).append((after - before) / 1e6 / block)
             if label == self.step.primary:
                 shares.append((given - before) / (after - before))

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Column, Metric, Missing
 from tasks.statistics import mean, median, minimum_samples, quantile, standard_deviation, tail_counts
+from tasks.timing import LAUNCH_BOUND
 
 if TYPE_CHECKING:
     from tasks.session import Session
 
 PERCENTILES = (50, 95, 99)
-LAUNCH_BOUND = 0.9
 
 
 def _float(name: str, doc: str, interval: bool = False) -> Column:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 WARM_UPS = 3
+ALIKE = 0.8  # of the sequences begin with the same tokens
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 
 
@@ -51,9 +52,14 @@ class CudaGraph(Optimization):
         launches = graph_launches(session)
         step: Any = session.step
         steps = step.steps
-        same = step.same_tokens(step.uncaptured())
+        same, begin_alike = step.compared(step.uncaptured())
         facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": same}
-        return Evidence(ok=launches == steps > 0 and same, facts=facts)
+        if not same:
+            facts["begin_alike"] = begin_alike
+        # in half precision two kernels of one product may round a tie between tokens differently, and from there on
+        # everything differs; a graph that read stale inputs would be wrong from its first step
+        ties = session.model.dtype.itemsize < 4 and begin_alike >= ALIKE
+        return Evidence(ok=launches == steps > 0 and (same or ties), facts=facts)
 
 
 def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from tasks.optimization import Evidence, Needs, Optimization
 
 if TYPE_CHECKING:
     from tasks.cell import Technique
+    from tasks.optimization import LoadOptions
     from tasks.session import Session
 
 SETTING = "expandable_segments:True"
@@ -18,10 +19,15 @@ class ExpandableSegments(Optimization):
     family = "allocator"
     summary = "allocator segments that grow in place: less fragmentation when sizes keep changing"
     needs = Needs(devices=("cuda",))
-    executed = True  # the allocator reads its settings once, when it is first used
 
-    def environment(self, technique: Technique) -> dict[str, str]:
-        return {"PYTORCH_ALLOC_CONF": SETTING}
+    def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
+        """Before anything lies on the device: a segment stays of the kind that it was made as."""
+        import torch
+
+        change = (
+            getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        )
+        change(SETTING)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         """What the allocator says of its segments; those in private pools of CUDA graphs may be of either kind."""

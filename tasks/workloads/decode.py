@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 
+BEGINNING = 8  # tokens
+
+
 class Decode(Workload):
     kind = "decode"
     summary = "generation of new_tokens after a prompt; time to first token and per token apart"
@@ -199,11 +202,16 @@ class DecodeStep(Step):
 
     def same_tokens(self, otherwise: AbstractContextManager[None]) -> bool:
         """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
+        return self.compared(otherwise)[0]
+
+    def compared(self, otherwise: AbstractContextManager[None]) -> tuple[bool, float]:
+        """Whether a request gives the same tokens inside `otherwise`, and the share of sequences that begin alike."""
         self.run(0, _ignore)
         ours = self.ledger.result()
         with otherwise:
             self.run(0, _ignore)
-        return bool(ours.equal(self.ledger.result()))
+        equal = ours == self.ledger.result()
+        return bool(equal.all()), float(equal[:, :BEGINNING].all(1).float().mean())
 
     def after_latency(self) -> None:
         self.check_costs = check_costs(self._session, self)

@@ -40,17 +40,31 @@ def test_moves_when_its_cpu_has_become_slow(eight: None) -> None:
     host = Host({cpu: 2.0 for cpu in range(8) if cpu != 5})
     feeder = host.feeder()
     with feeder.seated():
-        host.slow = {5: 1.8}
+        host.slow = {5: 1.8, 6: 1.9}
         feeder.look()
         assert host.seats[-1] == {5}, "it does not look at every call"
         host.now += LOOK_EVERY_S
         feeder.look()
-        assert host.seats[-1] != {5}
+        assert not host.seats[-1] & {5, 6}
         assert feeder.choices == 2
         moved = len(host.seats)
         host.now += LOOK_EVERY_S
         feeder.look()
         assert len(host.seats) == moved, "as fast as the fastest: it stays"
+
+
+def test_takes_the_best_where_all_have_become_slow(eight: None) -> None:
+    host = Host({cpu: 2.0 for cpu in range(8) if cpu != 5})
+    feeder = host.feeder()
+    with feeder.seated():
+        host.slow = {cpu: 3.0 for cpu in range(8) if cpu != 2} | {2: 1.9}
+        host.now += LOOK_EVERY_S
+        feeder.look()
+        assert host.seats[-1] == {2}
+        host.now += LOOK_EVERY_S
+        moved = len(host.seats)
+        feeder.look()
+        assert len(host.seats) == moved, "that is what this host gives now"
 
 
 def test_looks_only_while_it_sits(eight: None) -> None:
