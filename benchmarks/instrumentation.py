@@ -113,12 +113,15 @@ def interval(values):
     return ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2, ordered[low], ordered[n - 1 - low]
 
 
-def compare(pairs, bare, ours):
+def compare(pairs, bare, ours, feeder):
     ratios = []
     for _ in range(pairs):
         order = [("bare", bare), ("ours", ours)]
         random.shuffle(order)
-        found = {name: run() for name, run in order}
+        found = {}
+        for name, run in order:
+            feeder.look()
+            found[name] = run()
         ratios.append(found["ours"] / found["bare"] - 1)
     return interval(ratios)
 
@@ -139,11 +142,12 @@ def main():
             per_call = bare_latency(session, 3)
             calls = max(1, round(SLICE_S / per_call))
             passes._chunk_calls = max(1, round(0.025 / per_call))
-            with Feeder().seated() if session.on_cuda else nullcontext():
+            feeder = Feeder()
+            with feeder.seated() if session.on_cuda else nullcontext():
                 latency = compare(chosen.pairs, lambda: bare_latency(session, calls, passes.timings.block),  # noqa: B023
-                                  lambda: our_latency(session, passes, calls))  # noqa: B023  # fmt: skip
+                                  lambda: our_latency(session, passes, calls), feeder)  # noqa: B023  # fmt: skip
                 throughput = compare(chosen.pairs, lambda: bare_throughput(session, calls),  # noqa: B023
-                                     lambda: our_throughput(session, passes, calls))  # noqa: B023  # fmt: skip
+                                     lambda: our_throughput(session, passes, calls), feeder)  # noqa: B023  # fmt: skip
         shown = ["{:+.2%} [{:+.2%}, {:+.2%}]".format(*figures) for figures in (latency, throughput)]
         print(f"| {case} | {per_call * 1e3:.3f} | {shown[0]} | {shown[1]} |", flush=True)
         results[case] = {"ms": per_call * 1e3, "latency": latency, "throughput": throughput}

@@ -2,7 +2,8 @@
 
     python benchmarks/repeatability.py results/aa-gpu-1 results/aa-gpu-2
 
-Prints, per cell: the variation between rounds of each sweep, the ratio of the two sweeps' means with its 95 % interval
+Prints, per cell: the variation between rounds of each sweep (of host-bound cells also in units of the host's speed, a
+fixed loop on the CPU that fed the device), the ratio of the two sweeps' means with its 95 % interval
 (Welch, on logarithms), energy by the counter against integrated power, FLOPs against the closed form (a multiply-add is
 two, causal attention full, logits of the last token), and the greatest utilisation. Then, label against label (`again`
 changes nothing), the paired ratio over both sweeps.
@@ -75,6 +76,7 @@ def main():
     )
     print("|---|---|---|---|---|---|---|---|---|")
     variations = {True: [], False: []}
+    in_loops = []
     agreeing, known = 0, 0
     for _, cell in good.groupby("cell_id", sort=False):
         a, b = (cell[cell["sweep_number"] == number]["latency_ms_p50"].to_numpy() for number in (1, 2))
@@ -82,6 +84,9 @@ def main():
             continue
         bound = bool(cell["host_bound"].mean() > 0.5)
         variations[bound] += [variation(a), variation(b)]
+        if bound and "host_loop_ms" in cell:
+            loops = cell["latency_ms_p50"] / cell["host_loop_ms"]
+            in_loops += [variation(values.to_numpy()) for _, values in loops.groupby(cell["sweep_number"])]
         ratio, low, high = welch(a, b)
         known, agreeing = known + 1, agreeing + (low <= 1 <= high)
         energy = (cell["energy_j"] / cell["energy_j_integrated"]).median()
@@ -99,6 +104,11 @@ def main():
                 f"\n{name}: {len(values)} values, variation {np.median(values):.2%} in the median, "
                 f"{values.max():.2%} at most; {np.mean(values <= limit):.0%} at most {limit:.0%}"
             )
+    if in_loops:
+        print(
+            f"\nhost-bound, in units of host_loop_ms: variation {np.median(in_loops):.2%} in the median, "
+            f"{max(in_loops):.2%} at most"
+        )
     print(f"\nthe sweeps agree within their 95 % intervals in {agreeing} of {known} cells")
     labels(good)
 

@@ -117,8 +117,10 @@ class Conditions:
         facts = fingerprint(self._session.gpu)
         environment = json.loads(facts.pop("environment", "{}"))
         row.flag(*self._foreign)
+        row.set(host_loop_ms=Missing(reason="cpu"))
         if feeder is not None and feeder.choices:
             environment["fed_from"] = feeder.to_dict()
+            row.set(host_loop_ms=1e3 * feeder.seconds)
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)

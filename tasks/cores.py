@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks.interference import canary_s
+from tasks.statistics import median
 
 CANDIDATES = 16  # of more CPUs, as many by chance
 LOOK_EVERY_S = 0.05  # slow spells last tenths of a second
@@ -45,6 +46,12 @@ class Feeder:
         self.cpu: int | None = None
         self.choices = 0
         self.fastest_s = self.slowest_s = 0.0
+        self._seen: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """Of the loop on the CPUs that it sat on: the median over all looks."""
+        return median(self._seen)
 
     @contextmanager
     def seated(self) -> Iterator[None]:
@@ -63,7 +70,8 @@ class Feeder:
         if not self.due():
             return
         self._looked = self._clock()
-        if self._speed() > SLOWER * self.fastest_s:
+        self._seen.append(self._speed())
+        if self._seen[-1] > SLOWER * self.fastest_s:
             self._choose()
 
     def due(self) -> bool:
@@ -93,6 +101,7 @@ class Feeder:
         if not self.choices or seconds > SLOWER * self.fastest_s:  # the first, or the whole host is slower now
             self.fastest_s = seconds
         self.fastest_s = min(self.fastest_s, seconds)
+        self._seen.append(seconds)
         _beside = frozenset(self._allowed - {self.cpu}) or frozenset(self._allowed)
         self.choices += 1
         self._looked = self._clock()

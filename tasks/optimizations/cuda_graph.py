@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 WARM_UPS = 3
+COMPARED = 64  # tokens of each sequence
 ALIKE = 0.8  # of the sequences begin with the same tokens
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 
@@ -52,7 +53,7 @@ class CudaGraph(Optimization):
         launches = graph_launches(session)
         step: Any = session.step
         steps = step.steps
-        same, begin_alike = step.compared(step.uncaptured())
+        same, begin_alike = step.compared(step.uncaptured(), COMPARED)
         facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": same}
         if not same:
             facts["begin_alike"] = begin_alike

@@ -204,13 +204,17 @@ class DecodeStep(Step):
         """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
         return self.compared(otherwise)[0]
 
-    def compared(self, otherwise: AbstractContextManager[None]) -> tuple[bool, float]:
-        """Whether a request gives the same tokens inside `otherwise`, and the share of sequences that begin alike."""
-        self.run(0, _ignore)
-        ours = self.ledger.result()
-        with otherwise:
+    def compared(self, otherwise: AbstractContextManager[None], limit: int | None = None) -> tuple[bool, float]:
+        """Whether a request gives the same tokens inside `otherwise`, and the share of sequences that begin alike.
+
+        Of its first `limit` tokens, if given.
+        """
+        with self.checking(self.check, min(limit or self._new, self._new)):
             self.run(0, _ignore)
-        equal = ours == self.ledger.result()
+            ours = self.ledger.result()
+            with otherwise:
+                self.run(0, _ignore)
+            equal = ours == self.ledger.result()
         return bool(equal.all()), float(equal[:, :BEGINNING].all(1).float().mean())
 
     def after_latency(self) -> None:

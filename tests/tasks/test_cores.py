@@ -65,6 +65,8 @@ def test_takes_the_best_where_all_have_become_slow(eight: None) -> None:
         moved = len(host.seats)
         feeder.look()
         assert len(host.seats) == moved, "that is what this host gives now"
+        # on the first choice, on the look that found it slow, on the second choice, on the last look
+    assert feeder.seconds == pytest.approx(0.001 * (1.9 + 1.9) / 2)
 
 
 def test_looks_only_while_it_sits(eight: None) -> None:
