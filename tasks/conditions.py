@@ -18,7 +18,6 @@ from tasks.telemetry import Telemetry, TelemetrySummary
 if TYPE_CHECKING:
     import torch
 
-    from tasks.cores import Feeder
     from tasks.job import CellJob
     from tasks.session import Session
 
@@ -111,14 +110,15 @@ class Conditions:
         if self._cpu_watch is not None:
             self._report = self._cpu_watch.end()
 
-    def judge(self, feeder: Feeder | None = None) -> None:
-        """Put settings as read back, and findings, into the row; of `feeder` from which CPU a GPU was fed."""
+    def judge(self) -> None:
+        """Put settings as read back, and findings, into the row."""
         row = self._session.row
         facts = fingerprint(self._session.gpu)
         environment = json.loads(facts.pop("environment", "{}"))
         row.flag(*self._foreign)
         row.set(host_loop_ms=Missing(reason="cpu"))
-        if feeder is not None and feeder.choices:
+        feeder = self._session.feeder
+        if feeder.choices:
             environment["fed_from"] = feeder.to_dict()
             row.set(host_loop_ms=1e3 * feeder.seconds)
         if self._report is not None:

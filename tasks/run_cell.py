@@ -85,7 +85,7 @@ class _Life:
             if self.job.quality:
                 with self._phase(Phase.QUALITY, "quality_s"):
                     session.quality = judge(session)
-        conditions.judge(passes.feeder)
+        conditions.judge()
 
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""

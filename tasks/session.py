@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tasks.cores import Feeder
 from tasks.gpu import Gpu, NoGpu
 from tasks.job import PROFILES, CellJob, Profile
 from tasks.optimization import LoadOptions, Optimization
@@ -63,6 +64,7 @@ class Session:
     step: Step | None = None
     timings: Timings | None = None
     quality: QualityReading | Missing | None = None
+    feeder: Feeder = field(default_factory=Feeder)  # chooses the CPU from which a GPU is fed
     # drives the throughput pass: given a chunk of work that returns its units, runs it over an energy window
     meter: Callable[[Callable[[], float]], EnergyReading | Missing] | None = None
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import Compilation, compilation
-from tasks.cores import Feeder
 from tasks.job import SampleSeries
 from tasks.statistics import batch_median_halfwidth, median, steady
 from tasks.workload import END, SETUP
@@ -83,7 +82,7 @@ class Passes:
         self._single = False  # the call is one segment, so that calls can be joined to blocks
         self._seconds_per_call = 0.0
         self._chunk_calls = 1
-        self.feeder = Feeder()
+        self.feeder = session.feeder
         self._queued: Any = None  # the event at the end of the last chunk that was queued
         self._returned = 0.0  # when the one before it was seen to be done
         self._dry = 0  # how often nothing was queued any more

@@ -35,9 +35,9 @@ class Throughput(Metric):
         """The latency pass adds a synchronisation per segment, so it may be slower, never faster."""
         assert session.timings is not None and session.step is not None
         values = session.timings.values("latency", session.step.primary)
-        per_call = len(values) / max(len(session.timings.values("latency", "first_token")), 1)
-        calls = 1.0 if per_call == len(values) else per_call
-        synchronised = session.step.units_per_call / (mean(values) / 1e3 * calls)
+        requests = len(session.timings.values("latency", "first_token"))
+        per_call = len(values) / requests if requests else 1.0
+        synchronised = session.step.units_per_call / (mean(values) / 1e3 * per_call)
         if synchronised > rate * (1 + AGREEMENT):
             session.row.flag("passes_disagree")
         if synchronised > rate * (1 + CONTRADICTION):

@@ -105,5 +105,7 @@ def _request_s(session: Session, step: DecodeStep, index: int) -> float:
             session.synchronize()
             times.append(time.perf_counter())
 
+    session.synchronize()
+    session.feeder.look()
     step.run(index, mark)
     return times[1] - times[0]

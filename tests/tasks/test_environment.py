@@ -21,6 +21,7 @@ from tasks.row import ENVIRONMENT, Row
 
 OTHERS_FILL = {
     "device_kind",
+    "host_loop_ms",
     "process_kind",
     "profile",
     "sm_clock_mhz_median",

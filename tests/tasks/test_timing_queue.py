@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tasks import timing
+from tasks.cores import Feeder
 from tasks.timing import MOST_DRY, Passes
 
 UNITS = 7.0
@@ -54,7 +55,13 @@ def passes(monkeypatch: pytest.MonkeyPatch, simulation: Simulation, share: float
     monkeypatch.setattr(timing.time, "perf_counter", simulation.perf_counter)
     profile = SimpleNamespace(throughput_s=0.5)
     session: Any = SimpleNamespace(
-        step=simulation, on_cuda=True, meter=None, profile=profile, synchronize=simulation.synchronize, timings=None
+        step=simulation,
+        on_cuda=True,
+        meter=None,
+        profile=profile,
+        synchronize=simulation.synchronize,
+        timings=None,
+        feeder=Feeder(),
     )
     made = Passes(session)
     made._seconds_per_call = simulation.device_s
