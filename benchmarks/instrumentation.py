@@ -12,12 +12,10 @@ import argparse
 import json
 import random
 import time
-from contextlib import nullcontext
 
 from scipy.stats import binom
 
 from tasks.cell import NO_MODEL, Cell, ModelSpec, WorkloadPoint
-from tasks.cores import Feeder
 from tasks.job import CellJob
 from tasks.nvml import open_gpu
 from tasks.probe import probe
@@ -94,14 +92,13 @@ def our_throughput(session, passes, calls):
     telemetry = Telemetry(session.gpu)
     telemetry.start()
     result = session.timings.throughput
-    result.seconds, result.calls = 0.0, 0
+    result.seconds, result.calls, passes._queued = 0.0, 0, None
     began = time.perf_counter()
     while result.calls < calls:
         passes._chunk()
     # of a request the row counts some segments only; what it costs is seen in the whole
     seconds = time.perf_counter() - began if session.step.boundaries else result.seconds
     session.synchronize()
-    passes._queued = None
     telemetry.stop()
     return seconds / result.calls
 
@@ -142,12 +139,12 @@ def main():
             per_call = bare_latency(session, 3)
             calls = max(1, round(SLICE_S / per_call))
             passes._chunk_calls = max(1, round(0.025 / per_call))
-            feeder = Feeder()
-            with feeder.seated() if session.on_cuda else nullcontext():
+            with passes.feeding():
+                passes.latency()
                 latency = compare(chosen.pairs, lambda: bare_latency(session, calls, passes.timings.block),  # noqa: B023
-                                  lambda: our_latency(session, passes, calls), feeder)  # noqa: B023  # fmt: skip
+                                  lambda: our_latency(session, passes, calls), session.feeder)  # noqa: B023  # fmt: skip
                 throughput = compare(chosen.pairs, lambda: bare_throughput(session, calls),  # noqa: B023
-                                     lambda: our_throughput(session, passes, calls), feeder)  # noqa: B023  # fmt: skip
+                                     lambda: our_throughput(session, passes, calls), session.feeder)  # noqa: B023  # fmt: skip
         shown = ["{:+.2%} [{:+.2%}, {:+.2%}]".format(*figures) for figures in (latency, throughput)]
         print(f"| {case} | {per_call * 1e3:.3f} | {shown[0]} | {shown[1]} |", flush=True)
         results[case] = {"ms": per_call * 1e3, "latency": latency, "throughput": throughput}

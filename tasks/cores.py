@@ -8,8 +8,10 @@ CPU that is fastest now, as a fixed integer loop finds, and looks again between 
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,17 +22,21 @@ from tasks.statistics import median
 
 CANDIDATES = 16  # of more CPUs, as many by chance
 LOOK_EVERY_S = 0.05  # slow spells last tenths of a second
+SELDOM_S = 0.25  # where a look leaves the device idle
+AGAIN_S = 0.5  # after a choice among slow CPUs only
 SLOWER = 1.25  # than the fastest seen: a neighbour, not the clock; time to choose again
 # PyTorch's threads that launch the backward pass, while the main thread waits for them
 _LAUNCHING = "pt_autograd"
 
 _beside: frozenset[int] = frozenset()
+_thread = threading.local()
 
 
 class Feeder:
     """Chooses among the CPUs of this process. One look costs half a millisecond, a choice as much for each candidate.
 
-    The first choice looks at all candidates, later ones take the first that is about as fast as the fastest seen.
+    The first choice looks at all candidates, later ones take the first that is about as fast as the fastest ever seen,
+    or the best of them.
     """
 
     def __init__(
@@ -43,10 +49,11 @@ class Feeder:
         self._speed, self._move, self._clock = speed, move or move_launching_threads, clock
         self._allowed: set[int] = set()
         self._looked = 0.0
+        self._choose_at = 0.0
+        self._seen: list[float] = []
         self.cpu: int | None = None
         self.choices = 0
-        self.fastest_s = self.slowest_s = 0.0
-        self._seen: list[float] = []
+        self.fastest_s, self.slowest_s = math.inf, 0.0
 
     @property
     def seconds(self) -> float:
@@ -65,18 +72,18 @@ class Feeder:
             self._move(self._allowed)
             self._allowed, _beside = set(), frozenset()
 
-    def look(self) -> None:
-        """Between calls: choose again if this CPU is no longer about as fast as the fastest was."""
-        if not self.due():
+    def look(self, every_s: float = LOOK_EVERY_S) -> None:
+        """Between calls: choose again if this CPU is not about as fast as the fastest seen."""
+        if not self.due(every_s):
             return
         self._looked = self._clock()
-        self._seen.append(self._speed())
-        if self._seen[-1] > SLOWER * self.fastest_s:
+        self._note(self._speed())
+        if self._seen[-1] > SLOWER * self.fastest_s and self._looked >= self._choose_at:
             self._choose()
 
-    def due(self) -> bool:
+    def due(self, every_s: float = LOOK_EVERY_S) -> bool:
         """Whether the last look is long enough ago for another one."""
-        return bool(self._allowed) and self._clock() - self._looked >= LOOK_EVERY_S
+        return bool(self._allowed) and self._clock() - self._looked >= every_s
 
     def to_dict(self) -> dict[str, float | int | None]:
         """For the row's environment; milliseconds of the loop on the fastest and slowest CPU seen."""
@@ -87,30 +94,33 @@ class Feeder:
             "slowest_ms": 1e3 * self.slowest_s,
         }
 
+    def _note(self, seconds: float) -> None:
+        self._seen.append(seconds)
+        self.fastest_s, self.slowest_s = min(self.fastest_s, seconds), max(self.slowest_s, seconds)
+
     def _choose(self) -> None:
         global _beside
         found: list[tuple[float, int]] = []
         for cpu in random.sample(sorted(self._allowed), min(len(self._allowed), CANDIDATES)):
             self._move({cpu})
             found.append((self._speed(), cpu))
-            if self.choices and found[-1][0] <= SLOWER * self.fastest_s:
+            self.slowest_s = max(self.slowest_s, found[-1][0])
+            if found[-1][0] <= SLOWER * self.fastest_s and self.choices:
                 break
         seconds, self.cpu = min(found)
         self._move({self.cpu})
-        self.slowest_s = max(self.slowest_s, max(found)[0])
-        if not self.choices or seconds > SLOWER * self.fastest_s:  # the first, or the whole host is slower now
-            self.fastest_s = seconds
-        self.fastest_s = min(self.fastest_s, seconds)
-        self._seen.append(seconds)
+        self._note(seconds)
         _beside = frozenset(self._allowed - {self.cpu}) or frozenset(self._allowed)
         self.choices += 1
         self._looked = self._clock()
+        self._choose_at = self._looked + (AGAIN_S if seconds > SLOWER * self.fastest_s else 0.0)
 
 
 def step_aside() -> None:
-    """Called first by a thread that helps measuring: it inherited the CPU of the one that launches."""
-    if _beside:
+    """Called again and again by a thread that helps measuring: not on the CPU of the one that launches."""
+    if _beside and getattr(_thread, "beside", None) != _beside:
         os.sched_setaffinity(0, _beside)
+        _thread.beside = _beside
 
 
 def move_launching_threads(cpus: set[int]) -> None:

@@ -212,10 +212,11 @@ class _Meter:
                 self.powers.append((self._clock(), watts))
 
     def _watch(self) -> None:
-        step_aside()
         delay = poll_s = _poll_s(self.tick_s)
         learned = False
+        step_aside()
         while not self._stop.wait(delay):
+            step_aside()
             self.look()
             delay = poll_s
             if not learned and len(self.edges) >= _LEARN_EDGES:

@@ -104,9 +104,9 @@ class Telemetry:
         return [mhz for mhz, _ in known], [at for _, at in known]
 
     def _run(self) -> None:
-        step_aside()
         while not self._stopped.is_set():
             self._awake.wait()
+            step_aside()
             with self._asking:
                 if self._awake.is_set() and not self._stopped.is_set():
                     self.sample()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import Compilation, compilation
+from tasks.cores import SELDOM_S
 from tasks.job import SampleSeries
 from tasks.statistics import batch_median_halfwidth, median, steady
 from tasks.workload import END, SETUP
@@ -31,7 +32,7 @@ MAX_SAMPLES = 20_000
 MIN_SAMPLES = 10
 CHUNK_S = 0.025  # a quarter of the energy counter's tick; a synchronisation costs a thousandth of it
 STEADY_TOLERANCE = 0.02
-MOST_DRY = 8  # a device that finishes its queue again and again waits for the host after all
+GAP_S = 0.005  # between two chunks: somebody else was at work, and the device has nothing to do any more
 LAUNCH_BOUND = 0.9  # share of a call that the host needs to issue it, beyond which the device waits for the host
 
 
@@ -85,7 +86,7 @@ class Passes:
         self.feeder = session.feeder
         self._queued: Any = None  # the event at the end of the last chunk that was queued
         self._returned = 0.0  # when the one before it was seen to be done
-        self._dry = 0  # how often nothing was queued any more
+        self._launch_bound = False  # as the latency pass found it
 
     def feeding(self) -> AbstractContextManager[None]:
         """Around the timed passes: on CUDA, this thread launches from the CPU that is fastest now."""
@@ -126,6 +127,7 @@ class Passes:
     def latency(self) -> None:
         """Host time of every segment, synchronised, until the median's interval is narrow enough or time is up."""
         profile, began = self.session.profile, time.perf_counter()
+        self.timings.issue_shares.clear()  # warm-up had other blocks, and another CPU
         kept: dict[str, tuple[list[float], list[float]]] = {}
         primary: list[float] = []
         check_at, calls = MIN_SAMPLES, 0
@@ -147,6 +149,7 @@ class Passes:
         if self.timings.halfwidth is None:
             self.timings.halfwidth = batch_median_halfwidth(primary)
         self._seconds_per_call = (time.perf_counter() - began) / (calls * self.timings.block)
+        self._launch_bound = median(self.timings.issue_shares) > LAUNCH_BOUND
         self._keep("latency", kept)
         self.step.after_latency()
 
@@ -175,7 +178,7 @@ class Passes:
             rounds.append(events)
             if used >= len(pool) or sum(len(item) for item in rounds) > MAX_SAMPLES:
                 break
-            if len(rounds) % 16 == 0 or (self._waits_for_launches() and self.feeder.due()):
+            if len(rounds) % 16 == 0 or (self._launch_bound and self.feeder.due()):
                 # the queue may not grow without bound, and the loop above must see true time
                 self.session.synchronize()
                 self.feeder.look()
@@ -203,19 +206,14 @@ class Passes:
 
     def _chunk(self) -> float:
         """One chunk of whole calls; returns the units that its energy is shared among."""
-        queueing = not self.step.boundaries and self.session.on_cuda and not self._waits_for_launches()
-        if queueing and self._dry < MOST_DRY:
-            return self._queued_chunk()
-        return self._synchronised_chunk()
-
-    def _waits_for_launches(self) -> bool:
-        shares = self.timings.issue_shares
-        return bool(shares) and median(shares) > LAUNCH_BOUND
+        queueing = not self.step.boundaries and self.session.on_cuda and not self._launch_bound
+        return self._queued_chunk() if queueing else self._synchronised_chunk()
 
     def _queued_chunk(self) -> float:
-        """A chunk behind one that the device has not finished, and the wait for that one: the device never idles.
+        """A chunk behind the one that the device is at, and the wait for that one: the device does not idle.
 
-        Each return is the end of one chunk, so the time between two returns is that of a chunk.
+        Each return is the end of one chunk, the one queued at the return before; so the time between two returns is
+        that of a chunk, whichever of host and device is slower.
         """
         import torch
 
@@ -228,16 +226,18 @@ class Passes:
             event.record()
             return event
 
-        dry = self._queued is None or self._queued.query()
-        if dry:
-            self._dry += 1
+        if self._queued is not None and time.perf_counter() - self._returned > GAP_S:
+            self.session.synchronize()
+            self._queued = None
+        first = self._queued is None
+        if first:
             self._queued = queue()
         before, self._queued = self._queued, queue()
         self.feeder.look()
         before.synchronize()
         now = time.perf_counter()
         units = float(self.step.units_per_call * self._chunk_calls)
-        if not dry:
+        if not first:
             result.seconds += now - self._returned
             result.units += units
             result.calls += self._chunk_calls
@@ -249,7 +249,7 @@ class Passes:
         boundaries = step.boundaries
         seconds = call_s = 0.0
         self.session.synchronize()
-        self.feeder.look()
+        self.feeder.look(SELDOM_S)  # the device idles meanwhile, and its energy is counted
         opened = time.perf_counter()
 
         def mark(label: str) -> None:
@@ -299,7 +299,7 @@ class Passes:
         self.step.run(indices[-1], mark)
         result: dict[str, list[float]] = {}
         shares = []
-        for label, before, given, after in zip(labels, opened, issued, closed, strict=False):
+        for label, before, given, after in zip(labels, opened[:-1], issued, closed, strict=True):
             result.setdefault(label, []).append((after - before) / 1e6 / block)
             if label == self.step.primary:
                 shares.append((given - before) / (after - before))

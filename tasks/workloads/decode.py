@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 
-BEGINNING = 8  # tokens
+LOOKED_AT = 8
 
 
 class Decode(Workload):
@@ -202,20 +202,34 @@ class DecodeStep(Step):
 
     def same_tokens(self, otherwise: AbstractContextManager[None]) -> bool:
         """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
-        return self.compared(otherwise)[0]
+        ours, theirs = self._tokens_twice(otherwise)
+        return bool(ours.equal(theirs))
 
-    def compared(self, otherwise: AbstractContextManager[None], limit: int | None = None) -> tuple[bool, float]:
-        """Whether a request gives the same tokens inside `otherwise`, and the share of sequences that begin alike.
+    def compared(self, otherwise: AbstractContextManager[None]) -> tuple[bool, float]:
+        """Whether a request gives the same tokens inside `otherwise`; and if not, how far apart they are.
 
-        Of its first `limit` tokens, if given.
+        Where a sequence first differs, the model is asked for the logits of both tokens: their distance, as a share of
+        the greatest logit. The greatest of the first `LOOKED_AT` sequences that differ; near 0, they were tied.
         """
-        with self.checking(self.check, min(limit or self._new, self._new)):
+        import torch
+
+        ours, theirs = self._tokens_twice(otherwise)
+        differ = ours != theirs
+        apart = 0.0
+        for row in differ.any(1).nonzero().flatten().tolist()[:LOOKED_AT]:
+            column = int(differ[row].int().argmax())
+            ids = torch.cat([self._prompts[0][row], ours[row, :column]]).unsqueeze(0)
+            logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            distance = logits[ours[row, column]] - logits[theirs[row, column]]
+            apart = max(apart, float(distance.abs() / logits.abs().max()))
+        return not bool(differ.any()), apart
+
+    def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
+        self.run(0, _ignore)
+        ours = self.ledger.result()
+        with otherwise:
             self.run(0, _ignore)
-            ours = self.ledger.result()
-            with otherwise:
-                self.run(0, _ignore)
-            equal = ours == self.ledger.result()
-        return bool(equal.all()), float(equal[:, :BEGINNING].all(1).float().mean())
+        return ours, self.ledger.result()
 
     def after_latency(self) -> None:
         self.check_costs = check_costs(self._session, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from tasks.job import PROFILES
 from tasks.metric import Missing
 from tasks.metrics.decoding import Decoding
 from tasks.optimization import Unsupported
-from tasks.optimizations.cuda_graph import _record
+from tasks.optimizations.cuda_graph import TIED, _record
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack, unsupported
 from tasks.timing import Passes
@@ -26,7 +26,7 @@ from tasks.workloads._decode_cache import bytes_of, stored_bytes
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
 from tasks.workloads._decode_costs import _hidden, check_costs, measure_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths
-from tasks.workloads._decode_steps import Sampler
+from tasks.workloads._decode_steps import Chooser, Sampler
 
 LOOPS = sorted(name for name, technique in optimizations().items() if technique.family == "decode-loop")
 # Those for CUDA run here too, without streams: what they conclude from the flags is the same.
@@ -308,6 +308,49 @@ class TestStep:
         with bench.live(job, calls=0) as session:
             session.settings.capture = capture
             assert session.step.same_tokens(session.step.uncaptured()) == (fault == "none")
+
+    def test_graph_that_goes_wrong_late_is_not_taken_for_a_tie(self, bench: Any) -> None:
+        def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
+            calls: list[int] = []
+
+            def replay() -> None:
+                calls.append(1)
+                advance()
+                if len(calls) > 10:
+                    session.step.ledger.input.fill_(3)  # what the next step is fed with
+
+            return replay
+
+        job = bench.job(bench.cell("decode", "bf16+static-cache", **{**AXES, "new_tokens": 24}))
+        with bench.live(job, calls=0) as session:
+            session.settings.capture = capture
+            same, apart = session.step.compared(session.step.uncaptured())
+        assert not same
+        assert apart > TIED
+
+    @pytest.mark.parametrize("close", [0.02, 0.2])
+    def test_how_far_apart_are_tokens_that_were_nearly_tied(
+        self, bench: Any, monkeypatch: pytest.MonkeyPatch, close: float
+    ) -> None:
+        """A loop that takes the second best token wherever that is this close, as a share of the greatest logit."""
+
+        def second_if_close(self: Any, logits: Any) -> Any:
+            best, where = logits.float().topk(2, dim=-1)
+            tied = (best[:, 0] - best[:, 1]) / logits.float().abs().amax(-1) < close
+            return logits.scatter(1, where[:, :1], torch.where(tied[:, None], float("-inf"), best[:, :1]).to(logits))
+
+        @contextmanager
+        def otherwise() -> Iterator[None]:
+            with monkeypatch.context() as patch:
+                patch.setattr(Chooser, "_allowed", second_if_close)
+                yield
+
+        with bench.live(bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}))) as session:
+            same, apart = session.step.compared(otherwise())
+            assert session.step.compared(nullcontext()) == (True, 0.0)
+        assert same == (apart == 0.0)
+        assert apart < close * 1.01
+        assert close < 0.2 or not same
 
     def test_graph_needs_fixed_addresses(self, bench: Any) -> None:
         cuda = bench.device("cuda")

@@ -290,9 +290,10 @@ class TestRow:
             assert row["peak_process_bytes"] > row["reserved_bytes"]
 
     def test_passes_agree(self, row: dict[str, Any]) -> None:
-        """Or the row says that they do not: on a shared host they may meet different speeds of it."""
-        if {"passes_disagree", "passes_contradict"} & set(row["flags"]):
-            pytest.skip("the host's speed changed between the passes")
+        """Where the host was not twice as slow in one of them, which this model waits for."""
+        fed = json.loads(row["environment"])["fed_from"]
+        if row["host_loop_ms"] > 1.1 * fed["fastest_ms"] and "launch_bound" in row["flags"]:
+            pytest.skip("the host was slow for a while")
         assert row["device_ms_p50"] <= row["latency_ms_p50"] * 1.02
         per_call = 4 * 512 / row["throughput_per_s"] * 1e3
         assert per_call == pytest.approx(row["device_ms_p50"], rel=0.25)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tasks.cores import CANDIDATES, LOOK_EVERY_S, Feeder, move_launching_threads, step_aside
+from tasks.cores import AGAIN_S, CANDIDATES, LOOK_EVERY_S, Feeder, move_launching_threads, step_aside
 
 
 class Host:
@@ -53,7 +53,7 @@ def test_moves_when_its_cpu_has_become_slow(eight: None) -> None:
         assert len(host.seats) == moved, "as fast as the fastest: it stays"
 
 
-def test_takes_the_best_where_all_have_become_slow(eight: None) -> None:
+def test_waits_among_slow_ones_and_finds_the_one_that_recovers(eight: None) -> None:
     host = Host({cpu: 2.0 for cpu in range(8) if cpu != 5})
     feeder = host.feeder()
     with feeder.seated():
@@ -61,12 +61,17 @@ def test_takes_the_best_where_all_have_become_slow(eight: None) -> None:
         host.now += LOOK_EVERY_S
         feeder.look()
         assert host.seats[-1] == {2}
-        host.now += LOOK_EVERY_S
+        host.slow = dict.fromkeys(range(8), 1.0) | {2: 2.2}
         moved = len(host.seats)
+        host.now += LOOK_EVERY_S
         feeder.look()
-        assert len(host.seats) == moved, "that is what this host gives now"
-        # on the first choice, on the look that found it slow, on the second choice, on the last look
-    assert feeder.seconds == pytest.approx(0.001 * (1.9 + 1.9) / 2)
+        assert len(host.seats) == moved, "a moment ago there was no better one"
+        host.now += AGAIN_S
+        feeder.look()
+        assert host.seats[-1] != {2}
+        assert host.speed() == 0.001
+    assert feeder.fastest_s == 0.001
+    assert feeder.slowest_s == 0.003
 
 
 def test_looks_only_while_it_sits(eight: None) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tasks import timing
 from tasks.cores import Feeder
-from tasks.timing import MOST_DRY, Passes
+from tasks.timing import Passes
 
 UNITS = 7.0
 
@@ -26,6 +26,7 @@ class Simulation:
     def __init__(self, device_s: float, issue_s: float, ramp_s: float) -> None:
         self.device_s, self.issue_s, self.ramp_s = device_s, issue_s, ramp_s
         self.now = self.free_at = 0.0
+        self.finished: list[float] = []  # when each call was, or will be
 
     def perf_counter(self) -> float:
         return self.now
@@ -33,6 +34,7 @@ class Simulation:
     def run(self, index: int, mark: Any) -> None:
         # what must be issued before the device can begin, and then the rest
         self.free_at = max(self.free_at, self.now + self.ramp_s) + self.device_s
+        self.finished.append(self.free_at)
         self.now += self.issue_s
 
     def synchronize(self) -> None:
@@ -47,10 +49,10 @@ class Simulation:
         def wait() -> None:
             simulation.now = max(simulation.now, at[0])
 
-        return SimpleNamespace(record=record, synchronize=wait, query=lambda: simulation.now >= at[0])
+        return SimpleNamespace(record=record, synchronize=wait)
 
 
-def passes(monkeypatch: pytest.MonkeyPatch, simulation: Simulation, share: float) -> Passes:
+def passes(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> Passes:
     monkeypatch.setattr(torch.cuda, "Event", simulation.event)
     monkeypatch.setattr(timing.time, "perf_counter", simulation.perf_counter)
     profile = SimpleNamespace(throughput_s=0.5)
@@ -65,33 +67,66 @@ def passes(monkeypatch: pytest.MonkeyPatch, simulation: Simulation, share: float
     )
     made = Passes(session)
     made._seconds_per_call = simulation.device_s
-    made.timings.issue_shares = [share]
     return made
+
+
+def units_of(made: Passes, simulation: Simulation, chunks: int) -> tuple[float, int]:
+    """What so many chunks return, and the calls that the device had finished by then."""
+    returned = sum(made._chunk() for _ in range(chunks))
+    return returned, sum(at <= simulation.now for at in simulation.finished)
 
 
 @pytest.mark.parametrize("device_s", [0.003, 0.021, 0.3])
 def test_the_device_never_waits_between_chunks(monkeypatch: pytest.MonkeyPatch, device_s: float) -> None:
     simulation = Simulation(device_s, issue_s=0.5 * device_s, ramp_s=0.1 * device_s)
-    made = passes(monkeypatch, simulation, share=0.5)
+    made = passes(monkeypatch, simulation)
     made.throughput()
     result = made.timings.throughput
     assert result.per_s == pytest.approx(UNITS / device_s, rel=1e-6)
     assert result.units == UNITS * result.calls
-    assert result.seconds >= 0.5 or result.calls > 0
+    assert result.seconds >= 0.29
+
+
+@pytest.mark.parametrize("issue_s", [0.001, 0.009], ids=["device-bound", "host-bound"])
+def test_every_finished_call_is_counted_once(monkeypatch: pytest.MonkeyPatch, issue_s: float) -> None:
+    simulation = Simulation(0.004, issue_s=issue_s, ramp_s=0.0)
+    made = passes(monkeypatch, simulation)
+    made._chunk_calls = 6
+    returned, finished = units_of(made, simulation, 20)
+    # where the host is slower, the chunk that is in the queue at the end is done but for its last call
+    assert returned == pytest.approx(UNITS * finished, abs=UNITS * 6)
+    assert returned == 20 * 6 * UNITS
+
+
+def test_a_host_that_has_become_slow_lowers_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was fast enough in the latency pass; for half of the time it needs twice what the device does."""
+    simulation = Simulation(0.004, issue_s=0.002, ramp_s=0.0)
+    made = passes(monkeypatch, simulation)
+    made._chunk_calls = 6
+    for _ in range(50):
+        made._chunk()
+    simulation.issue_s = 0.008
+    for _ in range(50):
+        made._chunk()
+    assert made.timings.throughput.per_s == pytest.approx(UNITS / ((0.004 + 0.008) / 2), rel=0.03)
+
+
+def test_what_was_queued_before_a_pause_is_not_counted_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(0.004, issue_s=0.002, ramp_s=0.0)
+    made = passes(monkeypatch, simulation)
+    made._chunk_calls = 6
+    for _ in range(2):
+        for _ in range(20):
+            made._chunk()
+        simulation.now += 3.0
+    assert made.timings.throughput.per_s == pytest.approx(UNITS / 0.004, rel=1e-6)
 
 
 def test_a_device_that_waits_for_launches_is_not_queued_for(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(0.004, issue_s=0.005, ramp_s=0.0)
-    made = passes(monkeypatch, simulation, share=0.99)
+    made = passes(monkeypatch, simulation)
+    made._launch_bound = True
     made.throughput()
     assert made._queued is None
+    # each chunk waits for its last call
     assert made.timings.throughput.per_s == pytest.approx(UNITS / 0.005, rel=0.2)
-
-
-def test_a_queue_that_runs_dry_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host was fast enough in the latency pass, and is not any more."""
-    simulation = Simulation(0.004, issue_s=0.009, ramp_s=0.0)
-    made = passes(monkeypatch, simulation, share=0.5)
-    made.throughput()
-    assert made._dry == MOST_DRY
-    assert made.timings.throughput.per_s == pytest.approx(UNITS / 0.009, rel=0.2)
