@@ -3,36 +3,61 @@
 #
 #   benchmarks/on_gpus.sh OUT SECONDS "llama instrumentation" "ROUNDS=2 compile kv-cache" ...
 #
-# Lane N gets card N, writes to OUT/N and ends after SECONDS; what stands before its parts is for its environment.
+# Lane N gets the Nth card of CUDA_VISIBLE_DEVICES (0, 1, ... by default), writes to OUT/N and ends its parts after
+# SECONDS; what stands before the parts is for their environment. Siblings of one core stay in one lane.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=$1
+out=$(realpath -m "$1")
 seconds=$2
 shift 2
 began=$(date +%s)
 export DEADLINE=$((began + seconds))
-cores=$(($(nproc) / $#))
-((cores > 0)) || cores=1
+IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $(($# - 1)))}"
+mapfile -t cpus < <("${PYTHON:-python}" - "$#" <<'PYTHON'
+import os, sys
+from pathlib import Path
+
+cores = {}
+for cpu in sorted(os.sched_getaffinity(0)):
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    cores.setdefault(siblings.read_text() if siblings.exists() else cpu, []).append(cpu)
+lanes, cores = int(sys.argv[1]), list(cores.values())
+for lane in range(lanes):
+    mine = cores[lane * len(cores) // lanes : (lane + 1) * len(cores) // lanes]
+    print(",".join(str(cpu) for core in mine for cpu in core))
+PYTHON
+)
+if ((${#cards[@]} < $# || ${#cpus[@]} < $#)) || printf '%s\n' "${cpus[@]}" | grep -qx ''; then
+    echo "$# lanes need as many cards and cores: ${#cards[@]} cards, CPUs by lane: ${cpus[*]}" >&2
+    exit 2
+fi
 
 lane() { # NUMBER [VARIABLE=VALUE...] PART...
     local number=$1
     shift
-    export CUDA_VISIBLE_DEVICES=$number HOME=/tmp/lane$number/home TMPDIR=/tmp/lane$number
+    export CUDA_VISIBLE_DEVICES=${cards[number]} HOME=/tmp/lane$number/home TMPDIR=/tmp/lane$number
     mkdir -p "$HOME" "$out/$number"
     while [[ $1 == *=* ]]; do
         export "${1?}"
         shift
     done
-    taskset -c "$((number * cores))-$((number * cores + cores - 1))" \
-        "$here/on_gpu.sh" "$out/$number" "$@" >"$out/$number.txt" 2>&1
-    echo "lane $number ended after $(($(date +%s) - began)) s"
+    taskset -c "${cpus[number]}" "$here/on_gpu.sh" "$out/$number" "$@" >"$out/$number.txt" 2>&1
+    local status=$?
+    echo "lane $number ended with status $status after $(($(date +%s) - began)) s"
+    return $status
 }
 
 number=0
+lanes=()
 for parts in "$@"; do
     # shellcheck disable=SC2086
     lane "$number" $parts &
+    lanes+=($!)
     number=$((number + 1))
     sleep 3 # two instances of Ray that start at once may choose one port
 done
-wait
+failed=0
+for process in "${lanes[@]}"; do
+    wait "$process" || failed=1
+done
+exit $failed

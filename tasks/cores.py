@@ -23,7 +23,7 @@ from tasks.statistics import median
 CANDIDATES = 16  # of more CPUs, as many by chance
 LOOK_EVERY_S = 0.05  # slow spells last tenths of a second
 SELDOM_S = 0.25  # where a look leaves the device idle
-AGAIN_S = 0.5  # after a choice among slow CPUs only
+AGAIN_S, SELDOM_AGAIN_S = 0.5, 8.0  # after one, after many choices in a row among slow CPUs only
 SLOWER = 1.25  # than the fastest seen: a neighbour, not the clock; time to choose again
 # PyTorch's threads that launch the backward pass, while the main thread waits for them
 _LAUNCHING = "pt_autograd"
@@ -46,10 +46,11 @@ class Feeder:
         move: Callable[[set[int]], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._speed, self._move, self._clock = speed, move or move_launching_threads, clock
+        self._speed, self._clock = speed, clock
+        self._try, self._move, self._leave = move or _move_this_thread, move or move_launching_threads, move or release
         self._allowed: set[int] = set()
         self._looked = 0.0
-        self._choose_at = 0.0
+        self._choose_at, self._again_s = 0.0, AGAIN_S
         self._seen: list[float] = []
         self.cpu: int | None = None
         self.choices = 0
@@ -69,7 +70,7 @@ class Feeder:
             self._choose()
             yield
         finally:
-            self._move(self._allowed)
+            self._leave(self._allowed)
             self._allowed, _beside = set(), frozenset()
 
     def look(self, every_s: float = LOOK_EVERY_S) -> None:
@@ -102,7 +103,7 @@ class Feeder:
         global _beside
         found: list[tuple[float, int]] = []
         for cpu in random.sample(sorted(self._allowed), min(len(self._allowed), CANDIDATES)):
-            self._move({cpu})
+            self._try({cpu})
             found.append((self._speed(), cpu))
             self.slowest_s = max(self.slowest_s, found[-1][0])
             if found[-1][0] <= SLOWER * self.fastest_s and self.choices:
@@ -113,14 +114,32 @@ class Feeder:
         _beside = frozenset(self._allowed - {self.cpu}) or frozenset(self._allowed)
         self.choices += 1
         self._looked = self._clock()
-        self._choose_at = self._looked + (AGAIN_S if seconds > SLOWER * self.fastest_s else 0.0)
+        if seconds > SLOWER * self.fastest_s:
+            self._choose_at, self._again_s = self._looked + self._again_s, min(2 * self._again_s, SELDOM_AGAIN_S)
+        else:
+            self._choose_at, self._again_s = 0.0, AGAIN_S
 
 
 def step_aside() -> None:
     """Called again and again by a thread that helps measuring: not on the CPU of the one that launches."""
-    if _beside and getattr(_thread, "beside", None) != _beside:
-        os.sched_setaffinity(0, _beside)
-        _thread.beside = _beside
+    beside = _beside  # it may change meanwhile
+    if beside and getattr(_thread, "beside", None) != beside:
+        os.sched_setaffinity(0, beside)
+        _thread.beside = beside
+
+
+def release(cpus: set[int]) -> None:
+    """Let every thread that was kept on one of these CPUs, or started by one that was, run on all of them."""
+    os.sched_setaffinity(0, cpus)
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it ended meanwhile
+            own = os.sched_getaffinity(int(task.name))
+            if len(own) == 1 and own < cpus:
+                os.sched_setaffinity(int(task.name), cpus)
+
+
+def _move_this_thread(cpus: set[int]) -> None:
+    os.sched_setaffinity(0, cpus)
 
 
 def move_launching_threads(cpus: set[int]) -> None:

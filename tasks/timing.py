@@ -226,9 +226,9 @@ class Passes:
             event.record()
             return event
 
-        if self._queued is not None and time.perf_counter() - self._returned > GAP_S:
-            self.session.synchronize()
-            self._queued = None
+        chunks = 1
+        if self._queued is not None and time.perf_counter() - self._returned > GAP_S and self._queued.query():
+            self._queued, chunks = None, 2  # the one that ended in the pause used energy too
         first = self._queued is None
         if first:
             self._queued = queue()
@@ -242,7 +242,7 @@ class Passes:
             result.units += units
             result.calls += self._chunk_calls
         self._returned = now
-        return float((self.step.energy_units_per_call or self.step.units_per_call) * self._chunk_calls)
+        return float((self.step.energy_units_per_call or self.step.units_per_call) * self._chunk_calls * chunks)
 
     def _synchronised_chunk(self) -> float:
         step, result = self.step, self.timings.throughput

@@ -8,6 +8,7 @@ finished ones are padded, and only real tokens count as units. Whether the loop 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -206,23 +207,35 @@ class DecodeStep(Step):
         return bool(ours.equal(theirs))
 
     def compared(self, otherwise: AbstractContextManager[None]) -> tuple[bool, float]:
-        """Whether a request gives the same tokens inside `otherwise`; and if not, how far apart they are.
+        """Whether a request gives the same tokens inside `otherwise`; if not, how far from the best ones its own are.
 
-        Where a sequence first differs, the model is asked for the logits of both tokens: their distance, as a share of
-        the greatest logit. The greatest of the first `LOOKED_AT` sequences that differ; near 0, they were tied.
+        See `distance`, of the first `LOOKED_AT` sequences that differ.
+        """
+        ours, theirs = self._tokens_twice(otherwise)
+        rows = (ours != theirs).any(1).nonzero().flatten().tolist()
+        return not rows, max((self.distance(row, ours[row]) for row in rows[:LOOKED_AT]), default=0.0)
+
+    def distance(self, row: int, tokens: Any) -> float:
+        """How far tokens of sequence `row` of the first prompts are from the greedy choice: 0 where they are that.
+
+        The model reads the whole sequence at once; what counts is the greatest share of the best logit by which that
+        of the next token lies below it. Infinite where there is no token, or no number. `tokens` has shape
+        (new_tokens,); those from the sequence's end on are not looked at.
         """
         import torch
 
-        ours, theirs = self._tokens_twice(otherwise)
-        differ = ours != theirs
-        apart = 0.0
-        for row in differ.any(1).nonzero().flatten().tolist()[:LOOKED_AT]:
-            column = int(differ[row].int().argmax())
-            ids = torch.cat([self._prompts[0][row], ours[row, :column]]).unsqueeze(0)
-            logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-            distance = logits[ours[row, column]] - logits[theirs[row, column]]
-            apart = max(apart, float(distance.abs() / logits.abs().max()))
-        return not bool(differ.any()), apart
+        length = self.ledger.lengths[0][row] - (1 if self._scheduled else 0)
+        tokens = tokens[:length]
+        if bool((tokens < 0).any()):
+            return math.inf
+        ids = torch.cat([self._prompts[0][row], tokens[:-1]]).unsqueeze(0)
+        logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0].float()
+        if not bool(logits.isfinite().all()):
+            return math.inf
+        if self._scheduled and self.ledger.stop is not None:
+            logits[:, self.ledger.stop] = float("-inf")
+        best = logits.amax(-1)
+        return float(((best - logits.gather(1, tokens.unsqueeze(1)).squeeze(1)) / best.abs()).max())
 
     def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
         self.run(0, _ignore)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from tasks.job import PROFILES
 from tasks.metric import Missing
 from tasks.metrics.decoding import Decoding
 from tasks.optimization import Unsupported
-from tasks.optimizations.cuda_graph import TIED, _record
+from tasks.optimizations import cuda_graph
+from tasks.optimizations.cuda_graph import _record
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack, unsupported
 from tasks.timing import Passes
@@ -321,36 +324,86 @@ class TestStep:
 
             return replay
 
-        job = bench.job(bench.cell("decode", "bf16+static-cache", **{**AXES, "new_tokens": 24}))
+        job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}))
         with bench.live(job, calls=0) as session:
             session.settings.capture = capture
-            same, apart = session.step.compared(session.step.uncaptured())
+            same, distance = session.step.compared(session.step.uncaptured())
         assert not same
-        assert apart > TIED
+        assert distance > 0.1
 
-    @pytest.mark.parametrize("close", [0.02, 0.2])
-    def test_how_far_apart_are_tokens_that_were_nearly_tied(
-        self, bench: Any, monkeypatch: pytest.MonkeyPatch, close: float
-    ) -> None:
-        """A loop that takes the second best token wherever that is this close, as a share of the greatest logit."""
+    @pytest.mark.parametrize("stop", ["none", "eos"])
+    def test_distance_of_tokens_from_the_best(self, bench: Any, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+        """Of a loop that takes the second best token wherever that is close enough, as a share of the best logit."""
+        close = 0.3
 
         def second_if_close(self: Any, logits: Any) -> Any:
-            best, where = logits.float().topk(2, dim=-1)
-            tied = (best[:, 0] - best[:, 1]) / logits.float().abs().amax(-1) < close
-            return logits.scatter(1, where[:, :1], torch.where(tied[:, None], float("-inf"), best[:, :1]).to(logits))
+            logits = allowed(self, logits)
+            best, where = logits.topk(2, dim=-1)
+            tied = (best[:, 0] - best[:, 1]) / best[:, 0].abs() < close
+            return logits.scatter(1, where[:, :1], torch.where(tied[:, None], float("-inf"), best[:, :1]))
 
-        @contextmanager
-        def otherwise() -> Iterator[None]:
-            with monkeypatch.context() as patch:
-                patch.setattr(Chooser, "_allowed", second_if_close)
-                yield
+        allowed = Chooser._allowed
+        job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}, stop=stop))
+        with bench.live(job, calls=0) as session:
+            step = session.step
+            step.run(0, ignore)
+            plain = step.ledger.result()
+            assert max(step.distance(row, plain[row]) for row in range(4)) < 1e-4
+            monkeypatch.setattr(Chooser, "_allowed", second_if_close)
+            step.run(0, ignore)
+            second = step.ledger.result()
+            distances = [step.distance(row, second[row]) for row in range(4)]
+            assert not second.equal(plain)
+            assert 1e-4 < max(distances) < close * 1.01
+            assert step.distance(0, torch.full_like(plain[0], -1)) == math.inf
+            broken = plain[0].clone()
+            broken[4] = (broken[4] + 1) % 100
+            assert step.distance(0, broken) > 0
 
-        with bench.live(bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}))) as session:
-            same, apart = session.step.compared(otherwise())
-            assert session.step.compared(nullcontext()) == (True, 0.0)
-        assert same == (apart == 0.0)
-        assert apart < close * 1.01
-        assert close < 0.2 or not same
+    def test_a_number_that_is_none_is_no_tie(self, bench: Any) -> None:
+        job = bench.job(bench.cell("decode", "fp32+static-cache", **AXES))
+        with bench.live(job, calls=0) as session:
+            session.step.run(0, ignore)
+            tokens = session.step.ledger.result()[0]
+            session.model.get_input_embeddings().weight.data[int(tokens[3])] = float("nan")
+            assert session.step.distance(0, tokens) == math.inf
+
+    @pytest.mark.parametrize(
+        ("dtype", "compared", "sampled", "launches", "accepted"),
+        [
+            ("float32", (True, 0.0), False, 3, True),
+            ("float32", (True, 0.0), False, 2, False),
+            ("float32", (False, 0.001), False, 3, False),
+            ("bfloat16", (False, 0.0), False, 3, True),
+            ("bfloat16", (False, 0.02), False, 3, True),
+            ("bfloat16", (False, 0.02), True, 3, False),
+            ("bfloat16", (False, 0.2), False, 3, False),
+            ("bfloat16", (False, math.inf), False, 3, False),
+            ("float16", (False, 0.02), False, 3, False),
+            ("float16", (False, 0.002), False, 3, True),
+        ],
+    )
+    def test_what_evidence_of_a_graph_accepts(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: str,
+        compared: tuple[bool, float],
+        sampled: bool,
+        launches: int,
+        accepted: bool,
+    ) -> None:
+        step = SimpleNamespace(
+            steps=3,
+            choose=SimpleNamespace(generator=object() if sampled else None),
+            compared=lambda otherwise: compared,
+            uncaptured=nullcontext,
+        )
+        session: Any = SimpleNamespace(
+            on_cuda=True, step=step, model=torch.nn.Linear(2, 2, dtype=getattr(torch, dtype))
+        )
+        monkeypatch.setattr(cuda_graph, "graph_launches", lambda session: launches)
+        (technique,) = parse_stack("static-cache+cuda-graph").techniques[1:]
+        assert optimizations()["cuda-graph"].evidence(technique, session).ok == accepted
 
     def test_graph_needs_fixed_addresses(self, bench: Any) -> None:
         cuda = bench.device("cuda")
