@@ -242,7 +242,7 @@ class TestEffect:
     @pytest.mark.parametrize(
         ("workload", "name"),
         [
-            slow_if(name in COMPILES_LONG and workload != "attention", workload, name)
+            slow_if((name in COMPILES_LONG and workload != "attention") or name == "distill", workload, name)
             for workload in sorted(workloads())
             for name in applicable(workload)
         ],

@@ -150,6 +150,7 @@ def test_run_from_python(sweep: Path, tmp_path: Path) -> None:
     assert again.runs == 0 and again.outcomes == finished.outcomes
 
 
+@pytest.mark.slow
 def test_only_limits_what_is_measured_and_not_the_plan(sweep: Path, tmp_path: Path) -> None:
     import yaml
 

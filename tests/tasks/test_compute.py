@@ -93,6 +93,7 @@ class TestClosedForm:
         assert found == pytest.approx(3 * form.forward(2, 64, logits=64), rel=0.01)
 
 
+@pytest.mark.slow
 def test_masked_half_is_not_what_must_be_executed(bench: Any, known: tuple[ModelSpec, Llama]) -> None:
     """A query sees itself and what stands before it: (n + 1) / 2n of full attention."""
     model, form = known
