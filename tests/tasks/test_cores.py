@@ -112,6 +112,21 @@ def test_on_this_machine() -> None:
         os.sched_setaffinity(0, allowed)
 
 
+def test_threads_that_were_started_meanwhile_are_let_go() -> None:
+    allowed, stop = os.sched_getaffinity(0), threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    try:
+        with Feeder().seated():
+            thread.start()
+            assert thread.native_id is not None
+            assert len(os.sched_getaffinity(thread.native_id)) == 1
+        assert os.sched_getaffinity(thread.native_id) == allowed
+    finally:
+        stop.set()
+        thread.join()
+        os.sched_setaffinity(0, allowed)
+
+
 def test_threads_of_the_backward_pass_come_along() -> None:
     """PyTorch names them; a thread of that name is moved, one of another name is not."""
     import ctypes
