@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -51,6 +52,12 @@ _INSTALLABLE = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "
 _INSTALLABLE += ("gptqmodel", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 PACKAGES = {name: found for name in _INSTALLABLE if (found := version(name))}
 INSTANT = "instant"  # a profile for passes inside the test process
+
+
+def pytest_configure() -> None:
+    """A shell ignores SIGINT for what it starts in the background, and so would every command that a test interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Bench:
