@@ -55,7 +55,7 @@ INSTANT = "instant"  # a profile for passes inside the test process
 
 
 def pytest_configure() -> None:
-    """A shell ignores SIGINT for what it starts in the background, and so would every command that a test interrupts."""
+    """What a shell starts in the background ignores SIGINT, and so would every command that a test interrupts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
