@@ -125,7 +125,7 @@ def _metrics() -> tuple[Any, Any, Any]:
             Gauge("benchmatrix_runs_left", "Runs that have not begun.", tag_keys=tags),
             Gauge("benchmatrix_slots_at_work", "Bench slots that start, prepare or measure.", tag_keys=tags),
         )
-    except Exception:
+    except Exception:  # whatever Ray's agent, its exporter or a missing extra raises: no metric is worth a run
         return None, None, None
 
 

@@ -105,7 +105,6 @@ def _request_s(session: Session, step: DecodeStep, index: int) -> float:
             session.synchronize()
             times.append(time.perf_counter())
 
-    session.synchronize()
     session.feeder.look()
     step.run(index, mark)
     return times[1] - times[0]

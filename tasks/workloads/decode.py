@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 
-LOOKED_AT = 8
+LOOKED_AT = 8  # sequences
 
 
 class Decode(Workload):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +16,6 @@ from hypothesis import strategies as st
 from tasks.job import PROFILES
 from tasks.metric import Missing
 from tasks.metrics.decoding import Decoding
-from tasks.optimization import Unsupported
-from tasks.optimizations import cuda_graph
-from tasks.optimizations.cuda_graph import _record
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack, unsupported
 from tasks.timing import Passes
@@ -29,7 +23,7 @@ from tasks.workloads._decode_cache import bytes_of, stored_bytes
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
 from tasks.workloads._decode_costs import _hidden, check_costs, measure_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths
-from tasks.workloads._decode_steps import Chooser, Sampler
+from tasks.workloads._decode_steps import Sampler
 
 LOOPS = sorted(name for name, technique in optimizations().items() if technique.family == "decode-loop")
 # Those for CUDA run here too, without streams: what they conclude from the flags is the same.
@@ -294,163 +288,6 @@ class TestStep:
             session.step.run(1, ignore)
             assert len(replays) == session.step.steps
             assert session.step.ledger.result().equal(tokens_of(bench, "static-cache", 1, stop=stop, sampling=sampling))
-
-    @pytest.mark.parametrize("fault", ["nothing", "once", "none"])
-    def test_graph_that_does_something_else_is_caught(self, bench: Any, fault: str) -> None:
-        def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
-            calls: list[int] = []
-
-            def replay() -> None:
-                calls.append(1)
-                if fault == "none" or (fault == "once" and len(calls) == 1):
-                    advance()
-
-            return replay
-
-        job = bench.job(bench.cell("decode", "static-cache", stop="eos", **AXES))
-        with bench.live(job, calls=0) as session:
-            session.settings.capture = capture
-            assert session.step.same_tokens(session.step.uncaptured()) == (fault == "none")
-
-    def test_graph_that_goes_wrong_late_is_not_taken_for_a_tie(self, bench: Any) -> None:
-        def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
-            calls: list[int] = []
-
-            def replay() -> None:
-                calls.append(1)
-                advance()
-                if len(calls) > 10:
-                    session.step.ledger.input.fill_(3)  # what the next step is fed with
-
-            return replay
-
-        job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}))
-        with bench.live(job, calls=0) as session:
-            session.settings.capture = capture
-            same, distance = session.step.compared(session.step.uncaptured())
-        assert not same
-        assert distance > 0.1
-
-    @pytest.mark.parametrize("stop", ["none", "eos"])
-    def test_distance_of_tokens_from_the_best(self, bench: Any, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
-        """Of a loop that takes the second best token wherever that is close enough, as a share of the best logit."""
-        close = 0.3
-
-        def second_if_close(self: Any, logits: Any) -> Any:
-            logits = allowed(self, logits)
-            best, where = logits.topk(2, dim=-1)
-            tied = (best[:, 0] - best[:, 1]) / best[:, 0].abs() < close
-            return logits.scatter(1, where[:, :1], torch.where(tied[:, None], float("-inf"), best[:, :1]))
-
-        allowed = Chooser._allowed
-        job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}, stop=stop))
-        with bench.live(job, calls=0) as session:
-            step = session.step
-            step.run(0, ignore)
-            plain = step.ledger.result()
-            assert max(step.distance(row, plain[row]) for row in range(4)) < 1e-4
-            monkeypatch.setattr(Chooser, "_allowed", second_if_close)
-            step.run(0, ignore)
-            second = step.ledger.result()
-            distances = [step.distance(row, second[row]) for row in range(4)]
-            assert not second.equal(plain)
-            assert 1e-4 < max(distances) < close * 1.01
-            assert step.distance(0, torch.full_like(plain[0], -1)) == math.inf
-            broken = plain[0].clone()
-            broken[4] = (broken[4] + 1) % 100
-            assert step.distance(0, broken) > 0
-
-    def test_a_number_that_is_none_is_no_tie(self, bench: Any) -> None:
-        job = bench.job(bench.cell("decode", "fp32+static-cache", **AXES))
-        with bench.live(job, calls=0) as session:
-            session.step.run(0, ignore)
-            tokens = session.step.ledger.result()[0]
-            session.model.get_input_embeddings().weight.data[int(tokens[3])] = float("nan")
-            assert session.step.distance(0, tokens) == math.inf
-
-    @pytest.mark.parametrize(
-        ("dtype", "compared", "sampled", "launches", "accepted"),
-        [
-            ("float32", (True, 0.0), False, 3, True),
-            ("float32", (True, 0.0), False, 2, False),
-            ("float32", (False, 0.001), False, 3, False),
-            ("bfloat16", (False, 0.0), False, 3, True),
-            ("bfloat16", (False, 0.02), False, 3, True),
-            ("bfloat16", (False, 0.02), True, 3, False),
-            ("bfloat16", (False, 0.2), False, 3, False),
-            ("bfloat16", (False, math.inf), False, 3, False),
-            ("float16", (False, 0.02), False, 3, False),
-            ("float16", (False, 0.002), False, 3, True),
-        ],
-    )
-    def test_what_evidence_of_a_graph_accepts(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        dtype: str,
-        compared: tuple[bool, float],
-        sampled: bool,
-        launches: int,
-        accepted: bool,
-    ) -> None:
-        step = SimpleNamespace(
-            steps=3,
-            choose=SimpleNamespace(generator=object() if sampled else None),
-            compared=lambda otherwise: compared,
-            uncaptured=nullcontext,
-        )
-        session: Any = SimpleNamespace(
-            on_cuda=True, step=step, model=torch.nn.Linear(2, 2, dtype=getattr(torch, dtype))
-        )
-        monkeypatch.setattr(cuda_graph, "graph_launches", lambda session: launches)
-        (technique,) = parse_stack("static-cache+cuda-graph").techniques[1:]
-        assert optimizations()["cuda-graph"].evidence(technique, session).ok == accepted
-
-    def test_graph_needs_fixed_addresses(self, bench: Any) -> None:
-        cuda = bench.device("cuda")
-        for cache in ("", "dynamic-cache+", "no-cache+"):
-            reason = unsupported(bench.cell("decode", f"{cache}cuda-graph"), cuda)
-            assert reason
-            assert "static-cache" in reason
-        assert unsupported(bench.cell("decode", "static-cache+cuda-graph"), cuda) is None
-        assert unsupported(bench.cell("decode", "static-cache+compile+cuda-graph+mapped-flag"), cuda) is None
-        for mode in ("reduce-overhead", "max-autotune"):
-            assert unsupported(bench.cell("decode", f"static-cache+compile:mode={mode}+cuda-graph"), cuda)
-
-    @pytest.mark.parametrize("name", ["int8", "offload", "offload:to=disk"])
-    def test_graph_cannot_hold_the_host(self, bench: Any, name: str) -> None:
-        reason = unsupported(bench.cell("decode", f"bf16+{name}+static-cache+cuda-graph"), bench.device("cuda"))
-        assert "cannot hold a step of" in str(reason)
-        assert unsupported(bench.cell("decode", f"bf16+{name}+static-cache"), bench.device("cuda")) is None
-
-    @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-    def test_graphs_would_overwrite_a_growing_cache(self, bench: Any, mode: str) -> None:
-        cuda, compiled = bench.device("cuda"), f"compile:mode={mode}"
-        for cache in ("", "dynamic-cache+", "offloaded-cache+"):
-            assert "overwrite" in str(unsupported(bench.cell("decode", f"bf16+{cache}{compiled}"), cuda))
-            assert unsupported(bench.cell("decode", f"bf16+{cache}compile"), cuda) is None
-        for cache in ("static-cache", "no-cache"):
-            assert unsupported(bench.cell("decode", f"bf16+{cache}+{compiled}"), cuda) is None
-        assert unsupported(bench.cell("prefill", f"bf16+{compiled}"), cuda) is None
-        assert unsupported(bench.cell("decode", f"bf16+{compiled}"), bench.device()) is None, "no graphs on a cpu"
-
-    def test_step_that_cannot_be_captured_is_unsupported(self) -> None:
-        @contextmanager
-        def recording() -> Iterator[None]:
-            try:
-                yield
-            finally:
-                raise RuntimeError("operation failed due to a previous error during capture")
-
-        def fails(error: Exception) -> Callable[[], None]:
-            def advance() -> None:
-                raise error
-
-            return advance
-
-        with pytest.raises(Unsupported, match="cannot capture this step: the host was asked"):
-            _record(recording(), fails(RuntimeError("the host was asked")))
-        with pytest.raises(torch.OutOfMemoryError):
-            _record(recording(), fails(torch.OutOfMemoryError("out of memory")))
 
 
 @given(data=st.data())
