@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Evidence, Needs, Optimization
+from tasks.trace import COPY, KERNEL, traced_step
 from tasks.workloads._decode_checks import NoCheck
 
 if TYPE_CHECKING:
@@ -60,20 +61,6 @@ def copies_of_the_check(session: Session) -> tuple[Counter[int], set[int]]:
 
 
 def _copies_and_kernels(session: Session) -> tuple[Counter[int], set[int]]:
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    assert session.step is not None
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
-        session.step.run_short()
-        session.synchronize()
-    copies: Counter[int] = Counter()
-    kernels: set[int] = set()
-    for event in seen.events() or ():
-        if event.device_type != DeviceType.CUDA:
-            continue
-        if "memcpy dtoh" in event.name.lower():
-            copies[int(event.device_resource_id)] += 1
-        elif not event.name.lower().startswith(("memcpy", "memset")):
-            kernels.add(int(event.device_resource_id))
-    return copies, kernels
+    events = traced_step(session, device=True)
+    copies = Counter(event.stream for event in events if event.category == COPY and "memcpy dtoh" in event.name.lower())
+    return copies, {event.stream for event in events if event.category == KERNEL}

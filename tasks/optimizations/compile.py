@@ -9,11 +9,13 @@ from tasks.compilation import compilation, generated_code
 from tasks.optimization import Evidence, Optimization
 from tasks.registry import optimizations
 from tasks.stacks import option
+from tasks.trace import traced
 
 if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
     from tasks.device import DeviceInfo
     from tasks.session import Session
+    from tasks.trace import Event
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 COMPILED_BY_LIBRARIES = "/flex_attention.py"  # file whose frames libraries compile, whatever the stack says
@@ -114,7 +116,7 @@ def graphs_of_segments(session: Session) -> list[int]:
     Those that an attention kernel compiled for itself are not the step's; inside a compiled step there are none.
     """
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import record_function
 
     step: Any = session.step
     primary = f"{SEGMENT}{step.primary}"
@@ -123,12 +125,13 @@ def graphs_of_segments(session: Session) -> list[int]:
         with record_function(f"{SEGMENT}{label}"):
             pass
 
-    # nothing of a captured graph's inside is seen from the host
-    launched = getattr(step, "uncaptured", nullcontext)
-    with launched(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+    def call() -> None:
         step.run_short(mark, SEGMENTS)
         session.synchronize()
-    events = sorted(seen.events() or (), key=lambda event: event.time_range.start)
+
+    # nothing of a captured graph's inside is seen from the host
+    with getattr(step, "uncaptured", nullcontext)():
+        events = traced(call, device=False)
     theirs, graphs = _compiled_by_libraries(torch), 0
     found: list[int] = []
     for event in events:
@@ -141,10 +144,10 @@ def graphs_of_segments(session: Session) -> list[int]:
     return found
 
 
-def _region(event: Any) -> str | None:
+def _region(event: Event | None) -> str | None:
     """Identifier of the compilation that the code around an event comes from: `frame/compilation`."""
     while event is not None and not event.name.startswith(REGION):
-        event = event.cpu_parent
+        event = event.parent
     return event.name.removeprefix(REGION).strip() if event is not None else None
 
 
@@ -158,11 +161,25 @@ def _compiled_by_libraries(torch: Any) -> set[str]:
 
 
 def graph_launches(session: Session) -> int:
-    """`cudaGraphLaunch` calls that the profiler sees in one call of the step."""
-    from torch.profiler import ProfilerActivity, profile
+    """CUDA graphs that one call of the step launches, its own and those of `torch.compile`.
+
+    Counted where Python replays them: the first start of the device's profiler takes a second.
+    """
+    import torch
+
+    graphs: Any = torch.cuda.CUDAGraph
+    replay, launches = graphs.replay, 0
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal launches
+        launches += 1
+        replay(graph)
 
     assert session.step is not None
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
+    graphs.replay = counted
+    try:
         session.step.run_short()
         session.synchronize()
-    return sum(event.count for event in seen.key_averages() if event.key == "cudaGraphLaunch")
+    finally:
+        graphs.replay = replay
+    return launches

@@ -90,7 +90,7 @@ def capture(restart: Callable[[], None], advance: Callable[[], None], generators
     for generator in generators:
         graph.register_generator_state(generator)
     _record(torch.cuda.graph(graph, stream=side), advance)
-    return graph.replay
+    return lambda: graph.replay()  # looked up at each call, for those who count them
 
 
 def _record(recording: AbstractContextManager[Any], advance: Callable[[], None]) -> None:

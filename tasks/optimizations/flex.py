@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.compilation import generated_code
 from tasks.optimization import Evidence, Needs, out_of_memory
 from tasks.optimizations._attention import FLEX, AttentionKind, attention_operators, needs_gradients
+from tasks.trace import HOST, KERNEL, traced_step
 
 if TYPE_CHECKING:
     import torch
@@ -75,15 +76,9 @@ def _compiled() -> Callable[..., Any]:
 
 def _generated(session: Session) -> tuple[int, list[str]]:
     """Compiled graphs that one call runs, and the flex kernels seen: on CUDA launched, on a CPU in generated code."""
-    from torch.profiler import ProfilerActivity, profile
-
-    assert session.step is not None
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if session.on_cuda else [])]
-    with profile(activities=activities, acc_events=True) as seen:
-        session.step.run_short()
-        session.synchronize()
-    events = seen.key_averages()
-    graphs = sum(event.count for event in events if "CompiledFxGraph" in event.key)
+    events = traced_step(session, device=session.on_cuda)
+    graphs = sum("CompiledFxGraph" in event.name for event in events if event.category in HOST)
     if session.on_cuda:
-        return graphs, sorted({event.key for event in events if event.key.startswith("triton") and "flex" in event.key})
+        kernels = {event.name for event in events if event.category == KERNEL}
+        return graphs, sorted(name for name in kernels if name.startswith("triton") and "flex" in name)
     return graphs, sorted(name for name, text in generated_code().items() if FLEX in text)
