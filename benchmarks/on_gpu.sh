@@ -11,6 +11,7 @@ out=$1
 shift
 mkdir -p "$out"
 PYTHON=${PYTHON:-python}
+DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
 limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
     local seconds=$1 left
@@ -58,11 +59,11 @@ for part in "$@"; do
         sweep "${SWEEP_S:-300}" systematic systematic --set scale=gpu --set "models=[{id: gpt2-size, path: $out/trained}]"
         sweep "${SWEEP_S:-300}" systematic systematic-8b --set scale=8b
         ;;
-    two) # on a host with two cards
-        sweep 240 aa-gpu parallel --parallel-gpus --only "workload=attention|prefill"
-        CUDA_VISIBLE_DEVICES=0 sweep 200 aa-gpu gpu0 --only "workload=attention|prefill"
-        CUDA_VISIBLE_DEVICES=1 sweep 200 aa-gpu gpu1 --only "workload=attention|prefill"
-        "$PYTHON" benchmarks/two_devices.py "$out/parallel" "$out/gpu0" "$out/gpu1"
+    two) # on a host with two cards; then `one` on each of them, and benchmarks/two_devices.py
+        sweep 240 aa-gpu two --parallel-gpus --only "$DEVICE_BOUND"
+        ;;
+    one)
+        sweep 240 aa-gpu one --only "$DEVICE_BOUND"
         ;;
     *)
         sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline ${ROUNDS:+--set rounds=$ROUNDS}

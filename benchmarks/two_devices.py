@@ -1,6 +1,6 @@
 """Do cells spread over the accelerators of one host, each on its own, and do equal devices measure alike?
 
-    python benchmarks/two_devices.py results/parallel results/gpu0 results/gpu1
+    python benchmarks/two_devices.py results/two results/0/one results/1/one
 
 The first folder is a run with `--parallel-gpus`, the others are the same sweep on one device each. Prints how many runs
 each device of the first had and how many of them overlapped, then each cell on both devices. Exit status 1 if a device

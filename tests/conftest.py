@@ -192,9 +192,10 @@ class Bench:
 
 
 def forget_compilations() -> None:
-    """Dynamo counts for the whole process; a cell has its own, a test has not."""
+    """Dynamo counts, and keeps what it compiled, for the whole process; a cell has its own, a test has not."""
     import torch._dynamo.utils as utils
 
+    torch._dynamo.reset()
     utils.clear_compilation_metrics()
     utils.counters.clear()
 
