@@ -193,7 +193,8 @@ class Bench:
 
 def forget_compilations() -> None:
     """Dynamo counts, and keeps what it compiled, for the whole process; a cell has its own, a test has not."""
-    import torch._dynamo.utils as utils
+    import torch
+    from torch._dynamo import utils
 
     torch._dynamo.reset()
     utils.clear_compilation_metrics()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Evidence, Needs, Optimization, out_of_memory
 from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tasks.cell import Cell, Technique
     from tasks.device import DeviceInfo
     from tasks.session import Session
 
-# Relative distance from the whole batch's gradient. Rounding: 1e-6 in fp32, up to 0.4 % where products are in half
-# precision (seen on small models). One micro-batch of n lost is 1 / n where their gradients are alike.
+# Relative distance from the whole batch's gradient. Rounding: 1e-6 in fp32, about 0.5 % where products are in half
+# precision, more where the loss nears zero: gradients vanish there, and what rounds does not. One micro-batch of n lost
+# is 1 / n where their gradients are alike.
 EXACT, ROUNDED = 1e-3, 2e-2
 
 
@@ -49,7 +52,11 @@ class Accumulation(Optimization):
             difference, compared = gradient_difference(session)
             facts |= {"gradient_difference": difference, "micro_batches_compared": compared}
             half = session.settings.autocast is not None or precision_of(session.job.cell) != "fp32"
-            tolerance = min(ROUNDED if half else EXACT, 0.5 / max(compared, 1))
+            lost = 0.5 / max(compared, 1)
+            tolerance = min(ROUNDED if half else EXACT, lost)
+            if difference is not None and difference > tolerance and has_fp32_twin(session):
+                facts["gradient_rounding"] = rounding = gradient_rounding(session, compared)
+                tolerance = min(max(tolerance, 2 * rounding), lost)  # either side is rounded
             facts["gradient_tolerance"] = tolerance
             ok = difference is not None and difference <= tolerance
             if batch_norms(session.model):
@@ -105,33 +112,77 @@ def _free(session: Session) -> None:
         torch.cuda.empty_cache()
 
 
+def has_fp32_twin(session: Session) -> bool:
+    """Whether the same step without its autocast would compute in fp32 throughout."""
+    import torch
+
+    floating = {parameter.dtype for parameter in session.model.parameters() if parameter.is_floating_point()}
+    return session.settings.autocast is not None and floating == {torch.float32}
+
+
+def gradient_rounding(session: Session, parts: int) -> float:
+    """Relative distance of the whole batch's gradient under autocast from that in fp32; 0 where that does not fit."""
+    import torch
+
+    step: Any = session.step
+    try:
+        with _alike(session.model), torch.compiler.set_stance("force_eager"):
+            rounded = _on_the_host(step.gradients([step.whole(parts)]))
+            with step.unrounded():
+                exact = step.gradients([step.whole(parts)])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        step.optimizer.zero_grad(set_to_none=True)
+        return 0.0
+    return _distance(rounded, exact) or 0.0
+
+
 def _difference(session: Session, parts: Sequence[Any], whole: Any) -> float | None:
     """The micro-batches run as measured, compiled if the stack says so; the whole batch runs eagerly."""
     import torch
 
     step: Any = session.step
-    frozen = _frozen_layers(session.model)
-    try:
-        for module in frozen:
-            module.eval()
+    with _alike(session.model) as frozen:
         # what was compiled for training mode must not be compiled anew for these
         with torch.compiler.set_stance("force_eager" if frozen else "default"):
             # on the host: two sets of gradients may not fit where this technique is needed
-            accumulated = [None if gradient is None else gradient.cpu() for gradient in step.gradients(parts)]
+            accumulated = _on_the_host(step.gradients(parts))
         with torch.compiler.set_stance("force_eager"):
             expected = step.gradients([whole])
+    return _distance(accumulated, expected)
+
+
+def _on_the_host(gradients: Sequence[Any]) -> list[Any]:
+    return [None if gradient is None else gradient.cpu() for gradient in gradients]
+
+
+def _distance(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
+    """Norm of the difference over the norm of `theirs`; None where only one has a gradient, or it is not finite."""
+    import torch
+
+    apart = size = 0.0
+    for our, their in zip(ours, theirs, strict=True):
+        if (our is None) != (their is None):
+            return None
+        if our is not None:
+            apart += float(torch.linalg.vector_norm(our.to(their.device) - their, dtype=torch.float64)) ** 2
+            size += float(torch.linalg.vector_norm(their, dtype=torch.float64)) ** 2
+    difference = (apart / size) ** 0.5 if size else float("nan")
+    return difference if math.isfinite(difference) else None
+
+
+@contextmanager
+def _alike(model: Any) -> Iterator[list[Any]]:
+    """With the layers in evaluation mode that would treat micro-batches and the whole batch differently."""
+    frozen = _frozen_layers(model)
+    try:
+        for module in frozen:
+            module.eval()
+        yield frozen
     finally:
         for module in frozen:
             module.train()
-    apart = size = 0.0
-    for ours, theirs in zip(accumulated, expected, strict=True):
-        if (ours is None) != (theirs is None):
-            return None
-        if ours is not None:
-            apart += float(torch.linalg.vector_norm(ours.to(theirs.device) - theirs, dtype=torch.float64)) ** 2
-            size += float(torch.linalg.vector_norm(theirs, dtype=torch.float64)) ** 2
-    difference = (apart / size) ** 0.5 if size else float("nan")
-    return difference if difference == difference and difference != float("inf") else None
 
 
 def batch_norms(model: Any) -> list[Any]:

@@ -6,8 +6,8 @@ the number of micro-batches. Every parameter that the model trains as loaded is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import WorkloadPoint
@@ -154,6 +154,15 @@ class TrainingStep(Step):
             # a copy: the output of a CUDA graph is overwritten by its next replay
             total = loss.detach().clone() if total is None else total + loss.detach()
         return total
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Passes without autocast."""
+        dtype, self._autocast_dtype = self._autocast_dtype, None
+        try:
+            yield
+        finally:
+            self._autocast_dtype = dtype
 
     def gradients(self, parts: Sequence[Any]) -> list[Any]:
         """Gradients of the mean loss over `parts`, for each of `trained` (None where it has none); takes no step."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.optimization import Evidence, Unsupported
+from tasks.optimizations import accumulation
 from tasks.registry import optimizations
 from tasks.stacks import parse_stack, unsupported
 from tasks.workloads._inputs import split
@@ -228,6 +229,25 @@ class TestAccumulation:
             assert evidence.ok, evidence.facts
             assert evidence.facts["micro_batches_compared"] == 2
             assert evidence.facts["gradient_difference"] < ROUNDING
+
+    def test_gradients_that_vanish_are_rounding(self, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a batch learnt by heart; the allowance is what the precision costs, and a lost micro-batch beyond it."""
+        monkeypatch.setattr(accumulation, "ROUNDED", 1e-4)  # less than rounding ever is
+        with bench.live(job_for(bench, "bf16+accumulation:micro_batches=4")) as session:
+            step = session.step
+            for group in step.optimizer.param_groups:
+                group["lr"] = 1e-2
+            while float(step.loss) > 0.5:
+                step.run(0, lambda _label: None)
+            evidence = proof("accumulation:micro_batches=4", session)
+            print(evidence.facts)
+            assert evidence.ok, evidence.facts
+            assert 1e-4 < evidence.facts["gradient_difference"] <= evidence.facts["gradient_tolerance"]
+            assert evidence.facts["gradient_tolerance"] == min(2 * evidence.facts["gradient_rounding"], 0.125)
+            assert step.autocast().__class__.__name__ == "autocast", "as it was"
+            honest = step.backward
+            step.backward = lambda parts: honest(parts if len(parts) == 1 else [parts[0], *parts[:-1]])
+            assert not proof("accumulation:micro_batches=4", session).ok
 
     def test_batch_statistics_are_said(self, bench: Any) -> None:
         job = job_for(bench, "fp32+accumulation", bench.vision, image_size=32)
