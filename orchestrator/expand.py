@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.sweep import LOCAL, Sweep, SweepError
+from orchestrator.sweep import LOCAL, Only, Sweep, SweepError
 from orchestrator.sweep_matrix import groups
 from tasks.cell import Cell
 
@@ -19,26 +18,29 @@ class PlannedCell:
     rounds: int
 
 
-def expand(sweep: Sweep, local_tag: str, only: Callable[[Cell], bool] | None = None) -> list[PlannedCell]:
+def expand(sweep: Sweep, local_tag: str, only: Only | None = None) -> list[PlannedCell]:
     """Every cell of the sweep, `local` resolved to `local_tag`.
 
-    With `only`, the cells for which it holds and the baselines that they are compared with; `SweepError` if none.
+    With `only`, the cells for which it holds and the baselines that they are compared with; `SweepError` if none, or
+    if it names what no cell has.
     """
     baseline, rounds = sweep.baseline_stack, sweep.rounds_per_cell
     planned: list[PlannedCell] = []
-    total = 0
+    everything: list[Cell] = []
     for group in groups(sweep, lambda word: local_tag if word == LOCAL else word):
         cells = [
             Cell(model=group.model, workload=group.point, stack=stack, hardware=group.hardware, baseline=baseline)
             for stack in group.stacks
         ]
-        total += len(cells)
         if only is not None:
+            everything += cells
             kept = [cell for cell in cells if only(cell)]
             cells = [cells[0], *(cell for cell in kept if cell is not cells[0])] if kept else []
         planned += (
             PlannedCell(cell=cell, hardware_requested=group.hardware_requested, rounds=rounds) for cell in cells
         )
-    if not planned and only is not None:
-        raise SweepError(f"--only {getattr(only, 'text', only)}: matches none of the {total} cells")
+    if only is not None:
+        only.check(everything)
+        if not planned:
+            raise SweepError(f"--only {only.text}: matches none of the {len(everything)} cells")
     return planned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -141,22 +141,24 @@ class Clause:
     def __call__(self, cell: Cell) -> bool:
         return self._matches(cell) != self.negated
 
-    def _matches(self, cell: Cell) -> bool:
+    def value(self, cell: Cell) -> str | None:
+        """What the cell has under this key; None for a parameter that its workload does not have."""
         match self.key:
             case "model":
-                text = cell.model.id
+                return cell.model.id
             case "workload":
-                text = cell.workload.kind
+                return cell.workload.kind
             case "optimization":
-                text = str(cell.stack)
+                return str(cell.stack)
             case "hardware":
-                text = cell.hardware
+                return cell.hardware
             case _:
                 value = workloads()[cell.workload.kind].values(cell.workload).get(self.key)
-                if value is None:
-                    return False
-                text = scalar_text(value)
-        return text_matches(text, self.patterns)
+                return None if value is None else scalar_text(value)
+
+    def _matches(self, cell: Cell) -> bool:
+        value = self.value(cell)
+        return value is not None and text_matches(value, self.patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,25 @@ class Only:
 
     def __call__(self, cell: Cell) -> bool:
         return all(clause(cell) for clause in self.clauses)
+
+    def check(self, cells: Iterable[Cell]) -> None:
+        """Raise `SweepError` for an alternative that no cell has: misspelt, or two clauses without their comma."""
+        positive = [clause for clause in self.clauses if not clause.negated]
+        missing = [(clause, pattern) for clause in positive for pattern in clause.patterns]
+        values: dict[str, set[str]] = {clause.key: set() for clause in positive}
+        for cell in cells:
+            for clause in positive:
+                value = clause.value(cell)
+                if value is not None and value not in values[clause.key]:
+                    values[clause.key].add(value)
+                    missing = [
+                        (other, pattern)
+                        for other, pattern in missing
+                        if other.key != clause.key or not text_matches(value, [pattern])
+                    ]
+        for clause, pattern in missing:
+            hint = nearest(pattern, sorted(values[clause.key])) if values[clause.key] else ""
+            raise SweepError(f"--only {self.text}: no cell of the sweep has {clause.key} {pattern!r}{hint}")
 
 
 def parse_only(expression: str) -> Only:

@@ -213,8 +213,26 @@ def test_only_by_parameters() -> None:
 
 
 def test_only_that_matches_nothing() -> None:
-    with pytest.raises(SweepError, match="--only model=other: matches none of the 2 cells"):
-        cells("model=other")
+    workloads = [{"kind": "attention", "causal": [True, False]}, {"kind": "decode"}]
+    with pytest.raises(SweepError, match="--only workload=decode,causal=true: matches none of the 6 cells"):
+        cells("workload=decode,causal=true", workloads=workloads)
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("model=poket", "no cell of the sweep has model 'poket'; did you mean 'pocket'"),
+        ("model=pocket|other optimization=bf16", "has model 'other optimization=bf16'; known: pocket"),
+        ("optimization=bf16|nf4", "has optimization 'nf4'; known: baseline, bf16"),
+        ("optimization=bf16|fp*", r"has optimization 'fp\*'"),
+        ("batch_size=99,model!=other", "has batch_size '99'; known: "),
+        ("causal=true", "has causal 'true'$"),
+    ],
+)
+def test_only_that_names_what_no_cell_has(only: str, message: str) -> None:
+    with pytest.raises(SweepError, match=message) as caught:
+        cells(only)
+    assert str(caught.value).startswith(f"--only {only}: ")
 
 
 def test_rounds() -> None:
