@@ -32,27 +32,42 @@ LLAMA_1B = {
 CPUS = sorted(os.sched_getaffinity(0))
 
 
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def host_loop_ms():
+    """Milliseconds of a fixed loop on this CPU, the less of two: what a row's `host_loop_ms` holds of its CPUs."""
+    took = []
+    for _ in range(2):
+        began, total = time.perf_counter(), 0
+        for number in range(5_000):
+            total += number ^ 5
+        took.append(1e3 * (time.perf_counter() - began))
+    return min(took)
+
+
 def undisturbed(groups):
-    """Median of the samples from the CPUs on which they were fast, and of all.
+    """Median of the samples from the CPUs on which they were fast, of all, and of the loop on the fast ones.
 
     On a shared host a CPU may run at half its speed for a while; eager steps of small models wait for theirs. So the
-    samples are taken in groups, each launched from another CPU, and a group counts when its median is within 10 % of
-    the best one.
+    samples are taken in groups, each launched from another CPU, and a group (the loop's time, samples) counts when its
+    median is within 10 % of the best one.
     """
-
-    def median(values):
-        return sorted(values)[len(values) // 2]
-
-    best = min(median(group) for group in groups)
-    quiet = [sample for group in groups if median(group) <= 1.1 * best for sample in group]
-    return median(quiet), median([sample for group in groups for sample in group])
+    best = min(median(samples) for _, samples in groups)
+    quiet = [(loop, samples) for loop, samples in groups if median(samples) <= 1.1 * best]
+    return {
+        "ms": median([sample for _, samples in quiet for sample in samples]),
+        "ms_all": median([sample for _, samples in groups for sample in samples]),
+        "host_loop_ms": median([loop for loop, _ in quiet]),
+    }
 
 
 NEW_TOKENS = 32
 
 
 def events(call, repeats, inner=1):
-    """Median milliseconds of one call, from CUDA events around `inner` calls; quiet, and over all samples."""
+    """Median milliseconds of one call, from CUDA events around `inner` calls, as `undisturbed` gives them."""
     for _ in range(5):
         call()
     torch.cuda.synchronize()
@@ -60,7 +75,7 @@ def events(call, repeats, inner=1):
     for number in range(repeats):
         if number % 5 == 0:
             os.sched_setaffinity(0, {CPUS[number // 5 * 5 % len(CPUS)]})
-            groups.append([])
+            groups.append((host_loop_ms(), []))
             call()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -68,7 +83,7 @@ def events(call, repeats, inner=1):
             call()
         stop.record()
         stop.synchronize()
-        groups[-1].append(start.elapsed_time(stop) / inner)
+        groups[-1][1].append(start.elapsed_time(stop) / inner)
     return undisturbed(groups)
 
 
@@ -106,8 +121,7 @@ def measured(call, inner, waiting=0):
         call()
         torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    quiet, whole = events(call, 40, inner)
-    return {"ms": quiet, "ms_all": whole, "peak_bytes": torch.cuda.max_memory_allocated() - waiting}
+    return {**events(call, 40, inner), "peak_bytes": torch.cuda.max_memory_allocated() - waiting}
 
 
 def llama(dtype, implementation):
@@ -151,23 +165,21 @@ def decode(model, compiled):
         for token in range(NEW_TOKENS - 1):
             if token % 9 == 0:
                 os.sched_setaffinity(0, {CPUS[(5 * request + token) % len(CPUS)]})
-                groups.append([])
+                groups.append((host_loop_ms(), []))
             torch.compiler.cudagraph_mark_step_begin()
             before = time.perf_counter()
             current.copy_(step(current, cache).unsqueeze(1))
             if request % 2:
                 torch.cuda.synchronize()
-                groups[-1].append((time.perf_counter() - before) * 1e3)
+                groups[-1][1].append((time.perf_counter() - before) * 1e3)
         torch.cuda.synchronize()
         if request < 2:
             groups.clear()
         elif request % 2 == 0:
             rates.append((NEW_TOKENS - 1) / (time.perf_counter() - began))
-    quiet, whole = undisturbed([group[1:] for group in groups if len(group) > 3])
     return {
-        "ms": quiet,
-        "ms_all": whole,
-        "tokens_per_s": sorted(rates)[len(rates) // 2],
+        **undisturbed([(loop, samples[1:]) for loop, samples in groups if len(samples) > 3]),
+        "tokens_per_s": median(rates),
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
 
