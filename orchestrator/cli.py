@@ -168,7 +168,7 @@ def submit(
     seconds(wait_nodes)
     _outcomes(retry)
     options = ["--reuse", reuse.value, "--wait-nodes", wait_nodes]
-    if only:
+    if only is not None:
         parse_only(only)
         options += ["--only", only]
     options += ["--retry", retry] if retry else []

@@ -16,6 +16,7 @@ from orchestrator.progress import Progress
 from orchestrator.slots import ANSWER_S, MAX_STARTS, BenchSlot, Phase, bind, close_all
 from orchestrator.work import SweepWork
 from tasks.job import CellJob, RunResult
+from tasks.row import Outcome
 
 MAX_ATTEMPTS = 3
 MOST_AT_ONCE = 16
@@ -202,6 +203,8 @@ class Dispatcher:
             self._fault(slot, f"its node cannot take the runner: {_first_line(error)}")
         except ray.exceptions.RayTaskError as error:
             self._fault(slot, f"the runner failed: {_first_line(error.cause or error)}")
+        except ray.exceptions.OutOfMemoryError:
+            self._fault(slot, "Ray's memory monitor ended the runner: its node had no memory left", Outcome.OOM)
         except ray.exceptions.RayError as error:
             self._fault(slot, f"the runner was lost: {type(error).__name__}")
         else:
@@ -247,8 +250,11 @@ class Dispatcher:
             slot.answered()
             self.progress.finished(slot.slot_id, result.row, taken_s / len(results))
 
-    def _fault(self, slot: BenchSlot, reason: str) -> None:
-        """A fault of the infrastructure: note it, kill the runner, and try its run again on a new one."""
+    def _fault(self, slot: BenchSlot, reason: str, outcome: Outcome | None = None) -> None:
+        """A fault of the infrastructure: note it, kill the runner, and try its run again on a new one.
+
+        With `outcome` it was the run's own fault: that is its result.
+        """
         job, unanswered = slot.job, slot.jobs[1:]
         self._note_fault(slot, reason)
         self.progress.say(f"{slot.slot_id}: {reason}")
@@ -258,10 +264,13 @@ class Dispatcher:
         since, queue = slot.since, self._queues.setdefault(slot.slot_id, deque())
         slot.kill()
         queue.extendleft(reversed(unanswered))
-        if job is not None and job.attempt < MAX_ATTEMPTS:
+        if job is not None and outcome is not None:
+            self._bury(slot, job, reason, time.monotonic() - since, outcome)
+            slot.starts = 0
+        elif job is not None and job.attempt < MAX_ATTEMPTS:
             queue.appendleft(replace(job, attempt=job.attempt + 1))
         elif job is not None:
-            self._bury(slot, job, reason, time.monotonic() - since)
+            self._bury(slot, job, _gave_up(job, reason), time.monotonic() - since)
         if slot.starts >= MAX_STARTS:
             self._lose(slot, f"{slot.starts} runners were lost in a row")
         elif queue:
@@ -282,14 +291,16 @@ class Dispatcher:
         running, queued = slot.job, (*slot.jobs[1:], *self._queues.pop(slot.slot_id, ()))
         slot.give_up()
         if running is not None and running.attempt >= MAX_ATTEMPTS:
-            self._bury(slot, running, reason, time.monotonic() - slot.since)
+            self._bury(slot, running, _gave_up(running, reason), time.monotonic() - slot.since)
             running = None
         self.work.broken(slot, running, queued)
         self.progress.gone(slot.slot_id)
         self.progress.expect(self.work.runs())
 
-    def _bury(self, slot: BenchSlot, job: CellJob, reason: str, seconds: float) -> None:
-        result = self.work.obituary(slot, job, f"{reason}; gave up after {job.attempt} attempts")
+    def _bury(
+        self, slot: BenchSlot, job: CellJob, reason: str, seconds: float, outcome: Outcome = Outcome.CRASHED
+    ) -> None:
+        result = self.work.obituary(slot, job, reason, outcome)
         self.work.done(job, result)
         self.progress.finished(slot.slot_id, result.row, seconds)
 
@@ -297,6 +308,10 @@ class Dispatcher:
         import ray
 
         return {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}
+
+
+def _gave_up(job: CellJob, reason: str) -> str:
+    return f"{reason}; gave up after {job.attempt} attempts"
 
 
 def _first_line(error: BaseException) -> str:

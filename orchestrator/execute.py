@@ -86,7 +86,7 @@ def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_t
     tag = local_tag(probe())
     planned = planned_cells(loaded, None, tag)
     # a wrong expression must be found before anything is started
-    chosen = planned_cells(loaded, options.only, tag) if options.only else planned
+    chosen = planned_cells(loaded, options.only, tag) if options.only is not None else planned
     cells = _Cells(planned=planned, chosen={item.cell.cell_id for item in chosen})
     from orchestrator.mirror import Mirror
     from orchestrator.store import Store

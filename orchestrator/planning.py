@@ -73,13 +73,13 @@ def read_sweep(sweep: str, overrides: Sequence[str]) -> Sweep:
 
 
 def planned_cells(sweep: Sweep, only: str | None, tag: str) -> list[PlannedCell]:
-    return expand(sweep, tag, parse_only(only) if only else None)
+    return expand(sweep, tag, None if only is None else parse_only(only))
 
 
 def read_plan(sweep: str, overrides: Sequence[str], only: str | None, address: str | None) -> Planning:
     """Expand and place a sweep on this machine's devices, or on those of the cluster at `address`."""
     loaded = read_sweep(sweep, overrides)
-    chosen = parse_only(only) if only else None
+    chosen = None if only is None else parse_only(only)
     report = probe()
     devices: list[DeviceInfo] = list(report.devices)
     if address is not None:

@@ -88,6 +88,9 @@ class SweepWork:
         self.reused_runs = 0
         self.written = 0
         self._under_way = 0
+        # by group and kind of device: how much of the group it can run
+        self._worths: dict[str, dict[tuple[Any, ...], int]] = defaultdict(dict)
+        self._incomplete: set[str] = set()  # cells that were given up with some of their rounds
 
     def offer(self, devices: list[tuple[Node, DeviceInfo]]) -> list[str]:
         """Place what had no home on the devices that exist now, and ask the ledger what of it is left."""
@@ -133,17 +136,18 @@ class SweepWork:
         bound = self._bound.get(slot.slot_id)
         if bound:
             return self._groups[bound[0]].order
-        heads = [self._groups[queue[0]].order for queue in self._matching(slot.device)]
-        return min(heads, default=None)
+        return min((self._groups[group_id].order for _, group_id in self._suited(slot.device)), default=None)
 
     def take(self, slot: BenchSlot) -> list[CellJob]:
         """The runs of the next block for this slot, in order; empty when there is none."""
         bound = self._bound[slot.slot_id]
         if not bound:
-            queues = sorted(self._matching(slot.device), key=lambda queue: self._groups[queue[0]].order)
-            if not queues:
+            suited = min(self._suited(slot.device), key=lambda item: self._groups[item[1]].order, default=None)
+            if suited is None:
                 return []
-            bound.append(queues[0].popleft())
+            queue, group_id = suited
+            queue.remove(group_id)
+            bound.append(group_id)
         group = self._groups[bound[0]]
         block = group.blocks.popleft()
         if not group.blocks:
@@ -170,10 +174,10 @@ class SweepWork:
         self._under_way -= 1
         self.measured += 1
 
-    def obituary(self, slot: BenchSlot, job: CellJob, reason: str) -> RunResult:
+    def obituary(self, slot: BenchSlot, job: CellJob, reason: str, outcome: Outcome = Outcome.CRASHED) -> RunResult:
         """The row of a run that no runner survived; the machine is the slot's, not the driver's."""
         row = Row()
-        row.set(**job_columns(job), outcome=Outcome.CRASHED, reason=reason, error_type="RunnerLost")
+        row.set(**job_columns(job), outcome=outcome, reason=reason, error_type="RunnerLost")
         row.set(machine_key=slot.node.report.machine_key)
         return RunResult(row=row.to_dict())
 
@@ -195,9 +199,11 @@ class SweepWork:
         return bool(self._homeless) or any(self._free.values()) or any(self._bound.values())
 
     def runs(self) -> int:
-        """Rows that this call will have written when all is done."""
+        """Rows that this call will have written when all is done; one for a cell that has no node yet."""
         return (
             self.written
+            + len(self._excluded)
+            + sum(self._recorded.needs(item.cell.cell_id, Outcome.UNPLACED) for item in self._homeless)
             + self._under_way
             + sum(len(block.cells) for group in self._groups.values() for block in group.blocks)
         )
@@ -212,11 +218,13 @@ class SweepWork:
         return left
 
     def give_up(self, reason: str) -> None:
-        """Cells without any row get one; cells that have some rounds keep them."""
+        """Cells without any row get one; cells that have some rounds keep them, and count as missing."""
         for group_id in [group_id for queue in self._free.values() for group_id in queue]:
-            for planned in self._groups[group_id].planned.values():
+            group = self._groups[group_id]
+            self._incomplete.update(cell.cell_id for block in group.blocks for cell in block.cells)
+            for planned in group.planned.values():
                 self._settle(planned, Outcome.CRASHED, reason)
-            self._groups[group_id].blocks.clear()
+            group.blocks.clear()
         self._free.clear()
         for planned in self._homeless:
             self._settle(planned, Outcome.UNPLACED, self.placed[planned.cell.cell_id].reason or reason)
@@ -229,7 +237,7 @@ class SweepWork:
         return [plan_row(self._settings.sweep.name, item, self._keys.one(item, self._machines)) for item in items]
 
     def outcomes(self) -> Counter[str]:
-        """One outcome for each planned cell that has a row: `ok` only if all its counted runs are."""
+        """One outcome for each planned cell that has its rows: `ok` only if all its counted runs are."""
         planned = [item for group in self._groups.values() for item in group.planned.values()]
         runs = self._ask(planned, ()).done
         found: Counter[str] = Counter()
@@ -237,6 +245,8 @@ class SweepWork:
             counted = [run.outcome for run in runs.get(cell_id, ())]
             if not counted and (newest := self._recorded.outcome(cell_id)):
                 counted = [newest]
+            if all(outcome == Outcome.OK for outcome in counted) and cell_id in self._incomplete:
+                continue
             if counted:
                 found[next((outcome for outcome in counted if outcome != Outcome.OK), Outcome.OK.value)] += 1
         return found
@@ -246,8 +256,29 @@ class SweepWork:
             self._groups[cell.group_id] = _GroupWork(order=self._order[cell.group_id], hardware=cell.hardware)
         return self._groups[cell.group_id]
 
-    def _matching(self, device: DeviceInfo) -> Iterator[deque[str]]:
-        return (queue for hardware, queue in self._free.items() if queue and tag_matches(hardware, device.tag))
+    def _suited(self, device: DeviceInfo) -> Iterator[tuple[deque[str], str]]:
+        """For each queue that the device's tag matches, the first group that no other device there can run better."""
+        for hardware, queue in self._free.items():
+            if tag_matches(hardware, device.tag):
+                rivals = [other for _, other in self._machines if tag_matches(hardware, other.tag)]
+                group_id = next((group_id for group_id in queue if self._is_best(group_id, device, rivals)), None)
+                if group_id is not None:
+                    yield queue, group_id
+
+    def _is_best(self, group_id: str, device: DeviceInfo, rivals: Sequence[DeviceInfo]) -> bool:
+        """Whether as many of the group's cells can run on it as on any: tags do not tell memory and packages."""
+        if len(rivals) < 2:
+            return True
+        return self._worth(group_id, device) >= max(self._worth(group_id, other) for other in rivals)
+
+    def _worth(self, group_id: str, device: DeviceInfo) -> int:
+        """More for each cell that it can run, still more where that fits in its memory."""
+        known = self._worths[group_id]
+        if device.kind_key not in known:
+            cells, limits = list(self._groups[group_id].planned.values()), self._settings.sweep.limits
+            placed = place(cells, [device], limits.memory_budget_bytes)
+            known[device.kind_key] = sum(item.to_run + (item.decision is Decision.RUN) for item in placed)
+        return known[device.kind_key]
 
     def _decide(self, groups: Iterable[str], retry: Sequence[str]) -> Ledger:
         planned = [item for group_id in groups for item in self._groups[group_id].planned.values()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 DeviceKind = Literal["cuda", "cpu"]
@@ -32,8 +33,14 @@ class DeviceInfo:
     packages: dict[str, str] = field(default_factory=dict)
     simulated: bool = False
 
+    @cached_property
+    def kind_key(self) -> tuple[Any, ...]:
+        """Equal for devices that can run the same cells."""
+        packages = tuple(sorted(self.packages.items()))
+        return self.kind, self.tag, self.memory_bytes, self.compute_capability, self.cpu_flags, self.simulated, packages
+
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "packages": dict(self.packages)}
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"packages": dict(self.packages)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeviceInfo:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from orchestrator.dispatch import Dispatcher
+from orchestrator.execute import Finished
 from orchestrator.expand import expand
 from orchestrator.interrupt import Stop
 from orchestrator.inventory import Inventory, Node, bench_devices
@@ -122,6 +124,17 @@ def test_every_run_once_and_rows_for_what_cannot_run(folder: Path) -> None:
     assert not again.work.left() and again.work.runs() == 0 and not again.settled
     assert again.work.reused_runs == 16 and again.work.outcomes() == {"ok": 8, "unsupported": 4}
     again.store.close()
+
+
+def test_runs_that_are_expected_hold_what_needs_no_runner(folder: Path) -> None:
+    bench = Bench(folder)
+    assert bench.work.runs() == 12, "one row for each cell that has no node"
+    bench.nodes = [bench.node("0", "a100"), bench.node("1", "rtx3090")]
+    bench.work.offer(bench_devices(bench.nodes))
+    assert bench.work.runs() == 4 + 16
+    bench.work.settle()
+    assert bench.work.runs() == 4 + 16 and bench.work.written == 4
+    bench.store.close()
 
 
 def test_quality_is_measured_once_per_cell(folder: Path) -> None:
@@ -374,6 +387,29 @@ class TestSeveralAtOnce:
         busy.dispatcher._assign()
         assert busy.sent[1] == queue[:1]
 
+    def test_a_run_that_ate_the_memory_of_its_node_is_not_tried_again(
+        self, busy: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray's memory monitor ends the runner with what it measures: a result, however many runs end so."""
+        import ray
+
+        def ended(reference: Any) -> None:
+            raise ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
+
+        monkeypatch.setattr(ray, "get", ended)
+        for number in range(len(busy.block)):
+            busy.slot.phase = Phase.IDLE
+            busy.dispatcher._assign()
+            assert busy.slot.job == busy.block[number]
+            busy.dispatcher._answer(busy.slot, busy.slot.pending)
+        assert busy.slot.alive and busy.slot.phase is not Phase.GONE
+        rows = [record["row"] for record in read_journal(busy.bench.store.directory / "journal.jsonl")
+                if record["kind"] == "row"]  # fmt: skip
+        assert [(row["cell_id"], row["outcome"], row["attempt"]) for row in rows] == [
+            (job.cell.cell_id, "oom", 1) for job in busy.block
+        ]
+        assert "memory monitor" in rows[0]["reason"]
+
     def test_a_wrong_row_blames_its_own_run(self, busy: Any) -> None:
         busy.dispatcher._assign()
         good, bad = json.loads(self.answer(busy.block[:2]))
@@ -418,6 +454,69 @@ def test_giving_up_writes_what_is_missing(folder: Path) -> None:
     assert {job.round for job in jobs} == {1, 2}, "the unplaced rows have taken round 0"
     assert later.work.outcomes() == {"ok": 8, "unsupported": 4}
     later.store.close()
+
+
+def test_rounds_that_nobody_could_measure_are_missing(folder: Path) -> None:
+    bench = Bench(folder, "a100", hardware=["a100"])
+    slot = bench.slot(0)
+    for job in bench.work.take(slot):
+        bench.finish(job)
+    bench.work.broken(slot, None, ())
+    bench.work.give_up("its node is gone")
+    finished = Finished(
+        sweep="work", out=folder, where="out", outcomes=dict(bench.work.outcomes()), planned=6, runs=2,
+        interrupted=False, seconds=1.0,
+    )  # fmt: skip
+    assert finished.outcomes == {"unsupported": 2, "crashed": 2}, "two cells have one round of two"
+    assert finished.status == 1
+    bench.store.close()
+    again = Bench(folder, "a100", hardware=["a100"])
+    assert {(job.cell.workload["sequence_length"], job.round) for job in again.finish_all(0)} >= {(16, 1)}
+    assert again.work.outcomes()["ok"] == 4
+    again.store.close()
+
+
+class TestUnlikeDevicesOfOneTag:
+    """A tag says neither memory nor packages: what only some of its devices can run waits for these."""
+
+    def bench(self, folder: Path, optimizations: list[str], **changes: Any) -> Bench:
+        """Two nodes of a tag, of which the second is like the first but for `changes`."""
+        bench = Bench(folder, "a100", hardware=["a100"], optimizations=optimizations)
+        device = replace(bench.nodes[0].devices[0], **changes)
+        other = bench.node("1-other", device.tag)
+        bench.nodes.append(replace(other, report=replace(other.report, machine_key="other", devices=(device,))))
+        bench.offer()
+        return bench
+
+    def test_memory(self, folder: Path) -> None:
+        bench = self.bench(folder, ["baseline", "bf16"], memory_bytes=2**20)
+        assert bench.work.wants(bench.slot(1)) is None, "pocket is larger"
+        assert bench.work.take(bench.slot(1)) == []
+        assert len(bench.finish_all(0)) == 8
+        bench.store.close()
+
+    def test_packages(self, folder: Path) -> None:
+        shape = {"batch_size": 1, "sequence_length": 16}
+        workloads = [{"kind": "prefill", **shape}, {"kind": "train_step", **shape}]
+        bench = Bench(folder, hardware=["a100"], optimizations=["baseline", "lora"], workloads=workloads)
+        node = bench.node("", "a100")
+        without = replace(node.devices[0], packages={"torch": "2.13.0"})
+        with_peft = replace(without, packages={"torch": "2.13.0", "peft": "0.18.0"})
+        bench.nodes = [
+            replace(node, node_id=name, report=replace(node.report, machine_key=name, devices=(device,)))
+            for name, device in (("0-without", without), ("1-with", with_peft))
+        ]
+        bench.offer()
+        assert {job.cell.workload.kind for job in bench.finish_all(0)} == {"prefill"}
+        assert {str(job.cell.stack) for job in bench.finish_all(1)} == {"baseline", "lora"}
+        bench.store.close()
+
+    def test_the_best_that_is_left(self, folder: Path) -> None:
+        bench = self.bench(folder, ["baseline", "bf16"], memory_bytes=2**20)
+        del bench.nodes[0]
+        bench.offer()
+        assert bench.work.wants(bench.slot(0)) is not None, "its row will say that it did not fit"
+        bench.store.close()
 
 
 def test_a_full_disk_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
