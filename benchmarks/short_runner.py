@@ -55,7 +55,7 @@ class EmptyRunner:
     def __init__(self, log_path: str | None, home: str, exchange: Any = None) -> None:
         del log_path, home, exchange
 
-    def where(self) -> dict[str, Any]:
+    def where(self, claim: str | None = None) -> dict[str, Any]:
         import ray
 
         return {"accelerators": ray.get_runtime_context().get_accelerator_ids().get("GPU", []), "pid": os.getpid()}

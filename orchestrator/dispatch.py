@@ -187,7 +187,10 @@ class Dispatcher:
             if slot is not None and slot.pending is reference:
                 self._answer(slot, reference)
         for slot in active:
-            if slot.overdue():
+            if slot.overdue() and slot.phase is Phase.STARTING and slot.queued():
+                self._tell(slot, "its accelerator is held by something else on this cluster")
+                slot.wait_on()
+            elif slot.overdue():
                 self._fault(slot, f"no answer after {time.monotonic() - slot.since:.0f} s while {slot.phase}")
         if any(reference not in by_reference for reference in ready):
             self._refreshed = 0.0
@@ -212,8 +215,11 @@ class Dispatcher:
 
     def _heed(self, slot: BenchSlot, answer: Any) -> None:
         """An answer of the slot's runner: a dictionary about its node, or the JSON of a finished run."""
-        if slot.phase is Phase.STARTING:
-            slot.pid = answer["pid"]
+        if slot.phase is Phase.STARTING and answer.get("taken"):
+            self._tell(slot, "another run measures on this CPU")
+            slot.ask()
+        elif slot.phase is Phase.STARTING:
+            slot.pid, slot.told = answer["pid"], False
             bind(slot, answer["accelerators"], list(self.slots.values()))
             slot.prepare()
             self.progress.slot(slot.slot_id, slot.device.tag, "importing torch, measuring ceilings")
@@ -237,6 +243,11 @@ class Dispatcher:
                 slot.starts = 0
                 self._queues.setdefault(slot.slot_id, deque()).extendleft(reversed(slot.jobs))
                 slot.idle()
+
+    def _tell(self, slot: BenchSlot, why: str) -> None:
+        if not slot.told:
+            slot.told = True
+            self.progress.say(f"{slot.slot_id}: {why}: waiting for it")
 
     def _finish(self, slot: BenchSlot, results: list[dict[str, Any]]) -> None:
         """Store the results of the first of the slot's jobs; what is not answered stays in `jobs`."""

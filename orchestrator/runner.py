@@ -6,9 +6,11 @@ It never imports torch: the measured code lives in isolated processes below it, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from tasks.job import CellJob
 from tasks.supervisor import Supervisor
 
 HOME = str(Path(__file__).resolve().parent.parent)
+CLAIMING_S = 2.0
 _PREFIX = "benchmatrix-slot-"
 
 
@@ -38,13 +41,24 @@ class Runner:
         self._work = _work_folder()
         self._log_path = Path(log_path) if log_path else self._work / "slot.log"
         self._supervisor: Supervisor | None = None
+        self._claim: socket.socket | None = None
         self._slot: dict[str, Any] = {}  # what every job of this slot has
         self._sharing = Shared(exchange, artifact_folder()) if exchange is not None else None
 
-    def where(self) -> dict[str, Any]:
-        """Which accelerators Ray gave to this actor, and what it runs as."""
+    def where(self, claim: str | None = None) -> dict[str, Any]:
+        """Which accelerators Ray gave to this actor, and what it runs as.
+
+        With `claim`, a name that one process of this machine can hold, `taken` says that another one has it; that is
+        looked at for `CLAIMING_S`.
+        """
         import ray
 
+        began = time.monotonic()
+        while claim is not None and self._claim is None:
+            self._claim = claimed(claim)
+            if self._claim is None and time.monotonic() - began > CLAIMING_S:
+                return {"taken": True}
+            time.sleep(0.0 if self._claim else 0.2)
         context = ray.get_runtime_context()
         return {"accelerators": context.get_accelerator_ids().get("GPU", []), "pid": os.getpid(), **self._undone}
 
@@ -95,6 +109,19 @@ class Runner:
             self._supervisor.close()
             self._supervisor = None
         shutil.rmtree(self._work, ignore_errors=True)
+
+
+def claimed(name: str) -> socket.socket | None:
+    """A socket that holds `name` until this process ends, None while another process holds it."""
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0{name}")  # abstract: no file is left
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return held
 
 
 def undo_ray() -> dict[str, Any]:

@@ -67,6 +67,7 @@ class BenchSlot:
     quick: bool = False
     starts: int = 0
     facts: dict[str, Any] | None = None
+    told: bool = False  # the person knows that it waits for others
     compiled: set[str] = field(default_factory=set)
 
     @property
@@ -107,7 +108,27 @@ class BenchSlot:
             )
             .remote(self.log_path, HOME, self.exchange)
         )
-        self._await(self.actor.where.remote(), Phase.STARTING, STARTING_S)
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask the actor where it is; that of a CPU also whether another driver's runner measures there."""
+        claim = None if self.uses_accelerator else f"benchmatrix-cpu-{self.node.node_id}"
+        self._await(self.actor.where.remote(claim), Phase.STARTING, STARTING_S)
+
+    def queued(self) -> bool:
+        """Whether Ray has not created the actor because something else holds the node's accelerators."""
+        from ray._private import state  # no public interface tells this without the dashboard
+
+        try:
+            free = state.available_resources_per_node().get(self.node.node_id, {})
+            pending = state.actors(self.actor._actor_id.hex())["State"] == "PENDING_CREATION"
+        except Exception:  # another version of Ray
+            return False
+        return self.uses_accelerator and pending and free.get("GPU", 0) < 1
+
+    def wait_on(self) -> None:
+        """What it waits for belongs to others: as long again."""
+        self.deadline = time.monotonic() + STARTING_S
 
     def prepare(self) -> None:
         """Start the supervisor for `device`; measures the device's facts unless they are known."""
