@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ class TestDriver:
             _, stderr = second.communicate(timeout=20)
         assert second.returncode == 2
         assert "is being written by" in stderr
+
+
+@pytest.mark.slow
+def test_two_drivers_on_one_cluster_measure_in_turn(
+    cluster: Any, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
+) -> None:
+    sweep, outs = sweep_file(SWEEP % "cpu"), [tmp_path / "one", tmp_path / "two"]
+    drivers = [command("run", sweep, "--address", cluster.address, "--out", out) for out in outs]
+    output = [driver.communicate(timeout=180) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], output
+    assert sum("another run measures on this CPU" in stderr for _, stderr in output) == 1, output
+    spans = []
+    for out in outs:
+        assert_complete(out, tools, 4)
+        began = [datetime.fromisoformat(row["started_at"]).timestamp() for row in rows(out, tools)]
+        spans.append(
+            (min(began), max(start + row["wall_s"] for start, row in zip(began, rows(out, tools), strict=True)))
+        )
+    (_, first_end), (second_start, _) = sorted(spans)
+    assert first_end <= second_start + 1.0, spans
 
 
 class TestCluster:
