@@ -25,8 +25,7 @@ LinearFactory = Callable[[str, "torch.nn.Linear"], "torch.nn.Module"]
 class LoadedModel:
     """What was loaded.
 
-    `weights` is trained or random, None where nobody can tell. `make_inputs(batch_size, device, seed)` and `loss` come
-    with factories only.
+    `weights` is trained or random, None where nobody can tell. `make_inputs` and `loss` come with factories only.
     """
 
     model: Any
@@ -219,6 +218,11 @@ def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
 
 
 def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:
+    """What the function `module:function`, called without arguments, returns: (model, make_inputs) and perhaps a loss.
+
+    `make_inputs(batch_size, device, seed)` returns a tensor, or a tuple of the model's arguments; what is
+    floating-point is cast as the weights are. `loss(model, inputs)`, for training, is the mean loss of such inputs.
+    """
     module_name, _, function_name = spec.reference.partition(":")
     sys.path.extend(folder for folder in search_path if folder not in sys.path)
     try:
