@@ -59,7 +59,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Unsupported(Exception):
-    """Raised while loading or applying: this combination cannot work here. The message is the row's reason."""
+    """Raised while loading, applying or proving: this combination cannot work here. The message is the row's reason."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,13 +157,13 @@ def count_flops(session: Session) -> tuple[float, float] | Missing:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tasks.models.load import auto_class
+    from tasks.models.load import from_config
 
     assert session.loaded is not None
     with torch.device("meta"):
         # written-out attention is two products, which the counter knows; the CPU's fused kernel counts as nothing
-        model = auto_class(session.loaded.config).from_config(
-            session.loaded.config, dtype=torch.float32, attn_implementation="eager"
+        model = from_config(
+            session.loaded.config, session.job.cell.model, dtype=torch.float32, attn_implementation="eager"
         )
         counter = FlopCounterMode(display=False)
         if point.kind == "decode":

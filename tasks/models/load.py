@@ -25,8 +25,7 @@ LinearFactory = Callable[[str, "torch.nn.Linear"], "torch.nn.Module"]
 class LoadedModel:
     """What was loaded.
 
-    `weights` is trained or random, None where nobody can tell. `make_inputs(batch_size, device, seed)` and `loss` come
-    with factories only.
+    `weights` is trained or random, None where nobody can tell. `make_inputs` and `loss` come with factories only.
     """
 
     model: Any
@@ -56,15 +55,35 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def auto_class(config: Any) -> Any:
-    """The transformers auto class that builds this configuration for its usual task."""
+def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """The transformers auto class that builds this configuration for its usual task, by its own code where trusted."""
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-    if type(config) in AutoModelForImageClassification._model_mapping:
-        return AutoModelForImageClassification
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    raise ModelError(f"model type {config.model_type!r} is neither a causal language model nor an image classifier")
+    own = _own_code(config) if trust_remote_code else {}
+    classes = (AutoModelForImageClassification, AutoModelForCausalLM)
+    known = (auto for auto in classes if type(config) in auto._model_mapping)
+    found = next((auto for auto in classes if auto.__name__ in own), None) or next(known, None)
+    if found is None:
+        raise ModelError(f"model type {config.model_type!r} is neither a causal language model nor an image classifier")
+    return found
+
+
+def from_config(config: Any, spec: ModelSpec, **keywords: Any) -> Any:
+    """A model as `config` says, one of `spec` or made from it, without its weights."""
+    auto = auto_class(config, spec.trust_remote_code)
+    own = _own_code(config).get(auto.__name__) if spec.trust_remote_code else None
+    if own is None:
+        return auto.from_config(config, **keywords)
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    # the auto class would take the newest code, not that of the revision
+    made = get_class_from_dynamic_module(own, config.name_or_path, revision=spec.revision)
+    return made._from_config(config, **keywords)
+
+
+def _own_code(config: Any) -> dict[str, str]:
+    """The classes that a checkpoint brings, by the auto class that they are for."""
+    return getattr(config, "auto_map", None) or {}
 
 
 def hf_config(data: dict[str, Any]) -> Any:
@@ -171,7 +190,7 @@ def _pretrained(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
         how = {"dtype": dtype, "device": device, "attention": options.attention}
         model = load_unpacked(folder, packing, trust_remote_code=spec.trust_remote_code, **how)
     else:
-        model = auto_class(config).from_pretrained(where, config=config, **keywords).eval()
+        model = auto_class(config, spec.trust_remote_code).from_pretrained(where, config=config, **keywords).eval()
     return LoadedModel(model=model, weights="trained", config=config, tokenizer=tokenizer_of(where, **common))
 
 
@@ -199,6 +218,11 @@ def _checkpoint(spec: ModelSpec, options: LoadOptions, device: torch.device) -> 
 
 
 def _factory(spec: ModelSpec, options: LoadOptions, device: torch.device, search_path: tuple[str, ...]) -> LoadedModel:
+    """What the function `module:function`, called without arguments, returns: (model, make_inputs) and perhaps a loss.
+
+    `make_inputs(batch_size, device, seed)` returns a tensor, or a tuple of the model's arguments; what is
+    floating-point is cast as the weights are. `loss(model, inputs)`, for training, is the mean loss of such inputs.
+    """
     module_name, _, function_name = spec.reference.partition(":")
     sys.path.extend(folder for folder in search_path if folder not in sys.path)
     try:
@@ -220,6 +244,7 @@ __all__ = [
     "LoadedModel",
     "auto_class",
     "build_random",
+    "from_config",
     "hf_config",
     "load",
     "tokenizer_of",

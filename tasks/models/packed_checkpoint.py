@@ -45,7 +45,7 @@ def load_packed(
     config.quantization_config = {"quant_method": METHOD}
     keywords = {"attn_implementation": attention} if attention else {}
     with _registered(packed_names(folder), packing, build):
-        model = auto_class(config).from_pretrained(
+        model = auto_class(config, trust_remote_code).from_pretrained(
             folder, config=config, dtype=dtype, device_map={"": str(device)}, use_safetensors=True,
             local_files_only=True, trust_remote_code=trust_remote_code, **keywords,
         )  # fmt: skip

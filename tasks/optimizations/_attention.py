@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.models.identity import model_type
-from tasks.optimization import Evidence, LoadOptions, Needs, Optimization
+from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
 from tasks.registry import workloads
 from tasks.stacks import precision_of
 from tasks.workloads.attention import fused
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tasks.workloads.attention import AttentionShape, Kernel
 
 
-MATH = "_scaled_dot_product_attention_math"
+ASKED = "_scaled_dot_product"  # how all operators of scaled_dot_product_attention begin
+MATH = f"{ASKED}_attention_math"
 FLEX = "flex_attention"
 
 
@@ -31,7 +32,7 @@ class AttentionKind(Optimization):
     """One way to compute attention; networks that have none are refused.
 
     `implementation` is its name in transformers (`attn_implementation`), for models; `kernel` is what the attention
-    workload runs.
+    workload runs. What a factory made takes it where it is, or holds, a model of transformers.
     """
 
     family = "attention"
@@ -47,6 +48,18 @@ class AttentionKind(Optimization):
 
     def apply(self, technique: Technique, session: Session) -> None:
         session.settings.attention = self.kernel
+        if session.job.cell.model.source == "factory" and not self.chosen_in(session.model):
+            raise Unsupported(
+                f"{self.name} sets transformers' attn_implementation, which the module of {session.job.cell.model.id} "
+                "does not have"
+            )
+
+    def chosen_in(self, module: Any) -> bool:
+        """Choose this way in the models of transformers that `module` is or holds; whether there are any."""
+        models = [part for part in module.modules() if hasattr(part, "set_attn_implementation")]
+        for model in models:
+            model.set_attn_implementation(self.implementation)
+        return bool(models)
 
     def kernel(self, shape: AttentionShape) -> Kernel:
         """Attention of this shape, with whatever is the same in every call (a mask) made already."""
@@ -54,11 +67,18 @@ class AttentionKind(Optimization):
 
 
 class SdpaBackend(AttentionKind):
-    """One backend of `scaled_dot_product_attention`; `operators` are the ATen operators that it calls."""
+    """One backend of `scaled_dot_product_attention`; `operators` are the ATen operators that it calls.
+
+    It holds for whatever module calls that function; whether a factory's does is seen when it runs.
+    """
 
     implementation = "sdpa"
     backend: ClassVar[str]
     operators: ClassVar[tuple[str, ...]]
+
+    def chosen_in(self, module: Any) -> bool:
+        super().chosen_in(module)
+        return True
 
     def context(self, technique: Technique, session: Session) -> AbstractContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,6 +87,12 @@ class SdpaBackend(AttentionKind):
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         called = attention_operators(session)
+        model = session.job.cell.model
+        if model.source == "factory" and not any(name.startswith(ASKED) for name in called):
+            raise Unsupported(
+                f"{self.name} chooses a backend of scaled_dot_product_attention, which the module of {model.id} "
+                "does not call"
+            )
         others = [name for name in called if name not in self.operators]
         ok = any(name in called for name in self.operators) and not others
         return Evidence(ok=ok, facts={"attention_operators": dict(called)})
@@ -132,7 +158,7 @@ def attention_operators(session: Session) -> Counter[str]:
                 softmax["_softmax"] += 1
             elif namespace.startswith("flash_attn"):
                 called[f"{namespace}::{name}"] += 1
-            elif name.startswith("_scaled_dot_product") or "flash_attention" in name:
+            elif name.startswith(ASKED) or "flash_attention" in name:
                 called[name] += 1
             elif torch.is_inference_mode_enabled():
                 # it hands composite operators over whole: look inside them

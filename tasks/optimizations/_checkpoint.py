@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from tasks.cell import ModelSpec
     from tasks.session import Session
 
 
@@ -20,7 +21,7 @@ def original_config(session: Session, maker: str) -> Any:
     model, made = session.job.cell.model, session.artifacts.get(maker)
     earlier = [artifact for artifact in session.artifacts.values() if made and artifact.spec.key == made.spec.base]
     if earlier:
-        return AutoConfig.from_pretrained(earlier[0].folder)
+        return AutoConfig.from_pretrained(earlier[0].folder, trust_remote_code=model.trust_remote_code)
     if model.source == "random":
         return hf_config(random_config(model.reference))
     extra = {"revision": model.revision} if model.revision else {}
@@ -39,13 +40,13 @@ def published_dtype(session: Session, maker: str) -> torch.dtype:
     return torch_dtype(str(named).removeprefix("torch."))
 
 
-def parameters_of(config: Any) -> int:
-    """Parameters of the model as a configuration builds it, without data."""
+def parameters_of(config: Any, spec: ModelSpec) -> int:
+    """Parameters of a model as its configuration, one of `spec` or made from it, builds it; without data."""
     import torch
 
-    from tasks.models.load import auto_class
+    from tasks.models.load import from_config
 
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = from_config(config, spec)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())

@@ -113,8 +113,9 @@ class Distill(Optimization):
             return Evidence(ok=False, facts={"student": "no artifact was loaded"})
         from transformers import AutoConfig
 
-        made, config = artifact.manifest.facts, AutoConfig.from_pretrained(artifact.folder)
-        total, teachers = parameters_of(config), parameters_of(original_config(session, self.name))
+        made, spec = artifact.manifest.facts, session.job.cell.model
+        config = AutoConfig.from_pretrained(artifact.folder, trust_remote_code=spec.trust_remote_code)
+        total, teachers = parameters_of(config, spec), parameters_of(original_config(session, self.name), spec)
         later = [a for a in session.artifacts.values() if a.spec.base == artifact.spec.key and a.spec.checkpoint]
         live = _layers(session.model)
         same = bool(later) or live == config.num_hidden_layers

@@ -128,10 +128,10 @@ def _published_parameters(session: Session) -> int:
     """Parameters of the model as its configuration builds it, without data."""
     import torch
 
-    from tasks.models.load import auto_class
+    from tasks.models.load import from_config
 
     assert session.loaded is not None
     with torch.device("meta"):
-        model = auto_class(session.loaded.config).from_config(session.loaded.config)
+        model = from_config(session.loaded.config, session.job.cell.model)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())

@@ -21,7 +21,7 @@ from tasks.transfers import Counted, Transfers
 if TYPE_CHECKING:
     import torch
 
-    from tasks.cell import Cell, Technique
+    from tasks.cell import Cell, ModelSpec, Technique
     from tasks.device import DeviceInfo
     from tasks.session import Session
 
@@ -69,7 +69,7 @@ class Offload(Optimization):
         if away.made_here:
             options.keyword_arguments["linear_factory"] = away.placed
         elif away.keep < 1.0:
-            options.keyword_arguments["device_map"] = away.device_map(_on_meta(config))
+            options.keyword_arguments["device_map"] = away.device_map(_on_meta(config, session.job.cell.model))
             options.keyword_arguments["offload_folder"] = str(away.folder)
 
     def apply(self, technique: Technique, session: Session) -> None:
@@ -227,13 +227,13 @@ def _config_of(session: Session, checkpoint: str | None = None) -> Any:
     return AutoConfig.from_pretrained(where, trust_remote_code=spec.trust_remote_code, **revision)
 
 
-def _on_meta(config: Any) -> Any:
+def _on_meta(config: Any, spec: ModelSpec) -> Any:
     import torch
 
-    from tasks.models.load import auto_class
+    from tasks.models.load import from_config
 
     with torch.device("meta"):
-        return auto_class(config).from_config(config)
+        return from_config(config, spec)
 
 
 def _fresh_folder(parent: str) -> Path:

@@ -106,7 +106,7 @@ class Prune(Optimization):
             sizes_of(original), str(option(technique, "what")), float(str(option(technique, "ratio")))
         )
         found = live_sizes(session.model)
-        total, unpruned = count_parameters(session.model)[0], parameters_of(original)
+        total, unpruned = count_parameters(session.model)[0], parameters_of(original, session.job.cell.model)
         ok = found == {name: [size] for name, size in vars(expected).items()} and total < unpruned
         facts = {"expected": vars(expected), "found": found, "parameters": total, "parameters_unpruned": unpruned}
         return Evidence(ok=ok, facts=facts)

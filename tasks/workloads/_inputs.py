@@ -66,6 +66,17 @@ def images_dtype(session: Session) -> torch.dtype:
     return next((p.dtype for p in session.model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def as_weights(session: Session, inputs: Any) -> Any:
+    """What a factory's `make_inputs` made, its floating-point tensors in the type that the stack gave the weights."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    if session.load_options.dtype is None:
+        return inputs
+    dtype = getattr(torch, session.load_options.dtype)
+    return tree_map_only(torch.Tensor, lambda item: item.to(dtype) if item.is_floating_point() else item, inputs)
+
+
 def waiting_bytes(sets: list[Any]) -> int:
     """Bytes of all input sets but one; a set is a tensor, or a tuple that holds some."""
     import torch

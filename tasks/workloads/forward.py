@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.workload import Mark, Step, Workload
-from tasks.workloads._inputs import SETS, images, waiting_bytes
+from tasks.workloads._inputs import SETS, as_weights, images, waiting_bytes
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -25,7 +25,8 @@ class Forward(Workload):
         batch = point["batch_size"]
         inputs: list[Any]
         if loaded.make_inputs is not None:
-            inputs = [loaded.make_inputs(batch, session.device, session.job.seed + number) for number in range(SETS)]
+            made = (loaded.make_inputs(batch, session.device, session.job.seed + number) for number in range(SETS))
+            inputs = [as_weights(session, item) for item in made]
         else:
             inputs = [(batch_of_images,) for batch_of_images in images(session, batch, point["image_size"])]
         model = session.model

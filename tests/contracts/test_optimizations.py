@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.cell import Cell, ModelSpec
-from tasks.optimization import FAMILIES, Evidence, Optimization
+from tasks.optimization import FAMILIES, Evidence, Optimization, Unsupported
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack, unsupported
 
@@ -195,6 +195,52 @@ def test_attention_without_attention_is_refused(bench: Any) -> None:
         cell = bench.cell("forward", f"bf16+{name}")
         for kind in ("cpu", "cuda"):
             assert name in one_sentence(unsupported(cell, bench.device(kind)))
+
+
+PLAIN = "torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Softmax(-1))"
+MADE = """
+import torch
+class Attending(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+def make():
+    return MODEL, lambda batch, device, seed: INPUTS
+"""
+
+
+class TestFactories:
+    """Attention of what a factory made: chosen where it can be, else refused with the reason."""
+
+    def cell(self, bench: Any, stack: str, model: str, inputs: str) -> Any:
+        made, path = bench.factory(MADE.replace("MODEL", model).replace("INPUTS", inputs))
+        return bench.job(bench.cell("forward", stack, made), search_path=path)
+
+    @pytest.mark.parametrize("name", sorted(n for n, t in optimizations().items() if t.family == "attention"))
+    def test_without_attention(self, bench: Any, name: str) -> None:
+        technique = optimizations()[name]
+        job = self.cell(bench, name, PLAIN, "torch.ones(batch, 8, device=device)")
+        with (
+            pytest.raises(Unsupported, match=r"attn_implementation|scaled_dot_product_attention"),
+            bench.live(job, applied="baseline") as session,
+        ):
+            technique.apply(session.job.cell.stack.techniques[0], session)
+            technique.evidence(session.job.cell.stack.techniques[0], session)
+
+    @pytest.mark.parametrize("stack", ["sdpa-math", "sdpa-flash"])
+    def test_with_attention_of_its_own(self, bench: Any, stack: str) -> None:
+        with bench.live(self.cell(bench, stack, "Attending()", "torch.ones(batch, 2, 8, 4)")) as session:
+            ((technique, chosen),) = session.techniques
+            assert technique.evidence(chosen, session).ok
+
+    @pytest.mark.parametrize("stack", ["eager", "sdpa-math"])
+    def test_of_a_transformers_model(self, bench: Any, stack: str) -> None:
+        with bench.live(self.cell(bench, stack, "llama()", "torch.ones(batch, 4, dtype=torch.long)")) as session:
+            ((technique, chosen),) = session.techniques
+            assert technique.evidence(chosen, session).ok
 
 
 def applicable(workload: str) -> list[str]:

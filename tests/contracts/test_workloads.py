@@ -179,6 +179,45 @@ def make():
 """
 
 
+EMBEDDING_FACTORY = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.linear = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2)
+    def forward(self, parts, ids):
+        return self.linear(parts["x"] + self.rows(ids))
+def make():
+    def inputs(batch, device, seed):
+        generator = torch.Generator(device).manual_seed(seed)
+        ids = torch.randint(0, 10, (batch,), generator=generator, device=device)
+        return {"x": torch.randn(batch, 4, generator=generator, device=device)}, ids
+    return Net(), inputs
+"""
+
+
+class TestFactoryInputs:
+    @pytest.mark.parametrize(("stack", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+    def test_are_cast_as_the_weights(self, bench: Any, stack: str, dtype: str) -> None:
+        import torch
+
+        model, path = bench.factory(EMBEDDING_FACTORY)
+        job = bench.job(bench.cell("forward", stack, model, batch_size=3), search_path=path)
+        with bench.live(job) as session:
+            assert session.step.output.dtype == getattr(torch, dtype)
+            assert session.step.problems() == []
+            ((technique, chosen),) = session.techniques
+            assert technique.evidence(chosen, session).ok
+
+    def test_stay_as_made_where_nothing_casts_the_weights(self, bench: Any) -> None:
+        import torch
+
+        wide = "return Net().double(), lambda *a: (lambda made: ({'x': made[0]['x'].double()}, made[1]))(inputs(*a))"
+        model, path = bench.factory(EMBEDDING_FACTORY.replace("return Net(), inputs", wide))
+        with bench.live(bench.job(bench.cell("forward", "baseline", model), search_path=path)) as session:
+            assert session.step.output.dtype == torch.float64
+
+
 class TestDecode:
     def test_segments(self, bench: Any) -> None:
         for stack in ("dynamic-cache", "static-cache", "no-cache"):

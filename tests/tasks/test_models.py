@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tasks.cell import ModelSpec
 from tasks.models.identity import POCKET, ModelError, checkpoint_hash, config_of, random_config, refuse_unsafe
 from tasks.optimization import LoadOptions
+from tasks.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -132,6 +134,65 @@ class TestHostileCheckpoints:
 
         with pytest.raises(ModelError, match="'t5' is neither"):
             auto_class(AutoConfig.for_model("t5"))
+
+
+OWN_CONFIG = """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+"""
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own(checkpoint: Path) -> Path:
+    """A checkpoint whose type only the code beside it knows."""
+    (checkpoint / "configuration_own.py").write_text(OWN_CONFIG)
+    (checkpoint / "modeling_own.py").write_text(OWN_MODEL)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit(checkpoint, model_type="own-llama", architectures=["OwnForCausalLM"], auto_map=classes)
+    return checkpoint
+
+
+class TestTrustedCode:
+    @pytest.fixture(autouse=True)
+    def _forgotten(self) -> Iterator[None]:
+        """Loading registers the classes for the whole process."""
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        registered = (AutoModelForCausalLM._model_mapping._extra_content, CONFIG_MAPPING._extra_content)
+        before = [dict(content) for content in registered]
+        yield
+        for content, was in zip(registered, before, strict=True):
+            content.clear()
+            content.update(was)
+
+    def test_refused_without_trust(self, own: Path, supervisor: Supervisor, bench: Any) -> None:
+        row = supervisor.measure(bench.job(bench.cell(model=path_spec(own)))).row
+        assert row["outcome"] == "error"
+        assert "brings its own code (config.json); set trust_remote_code: true" in row["reason"]
+
+    def test_a_cell_of_it(self, own: Path, supervisor: Supervisor, bench: Any) -> None:
+        """Also its arithmetic is counted, on another instance of its class."""
+        model = path_spec(own, trust_remote_code=True)
+        row = supervisor.measure(bench.job(bench.cell(model=model, stack="fp32"))).row
+        assert row["outcome"] == "ok", row["reason"]
+        assert row["flops"] > 0
+
+    @pytest.mark.parametrize("stack", ["fp32+fused-projections", "fp32+offload:to=disk", "fp32+prune"])
+    def test_techniques_build_its_class(self, own: Path, bench: Any, stack: str) -> None:
+        model = path_spec(own, trust_remote_code=True)
+        with bench.live(bench.job(bench.cell(model=model, stack=stack))) as session:
+            assert type(session.model).__name__ == "OwnForCausalLM"
+            assert session.step.problems() == []
+            for technique, chosen in session.techniques:
+                assert technique.evidence(chosen, session).ok, chosen
 
 
 class TestRandomWeights:

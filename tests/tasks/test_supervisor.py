@@ -123,16 +123,31 @@ class TestRows:
         """A factory's module that ignores what was asked of its attention."""
         model, path = bench.factory(
             "import torch\n"
+            "from torch.nn.attention import SDPBackend, sdpa_kernel\n"
+            "class Stubborn(torch.nn.Module):\n"
+            "    def forward(self, x):\n"
+            "        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):\n"
+            "            return torch.nn.functional.scaled_dot_product_attention(x, x, x)\n"
             "def make():\n"
-            "    def inputs(batch, device, seed):\n"
-            "        return torch.ones(batch, 4, device=device)\n"
-            "    return torch.nn.Linear(4, 4), inputs\n"
+            "    return Stubborn(), lambda batch, device, seed: torch.ones(batch, 2, 8, 4, device=device)\n"
         )
         job = bench.job(bench.cell("forward", "sdpa-math", model), search_path=path)
         row = supervisor.measure(job).row
         assert (row["outcome"], row["invalid_reasons"]) == ("invalid", ["evidence_missing:sdpa-math"])
         assert row["reason"] == "evidence_missing:sdpa-math"
         assert row["throughput_per_s"] > 0
+
+    @pytest.mark.parametrize("stack", ["fp32+eager", "fp32+sdpa-flash"])
+    def test_attention_of_a_module_without_is_unsupported(self, supervisor: Supervisor, bench: Any, stack: str) -> None:
+        model, path = bench.factory(
+            "import torch\n"
+            "def make():\n"
+            "    return torch.nn.Linear(4, 4), lambda batch, device, seed: torch.ones(batch, 4, device=device)\n"
+        )
+        row = supervisor.measure(bench.job(bench.cell("forward", stack, model), search_path=path)).row
+        assert row["outcome"] == "unsupported"
+        assert f"the module of {model.id} does not" in row["reason"]
+        assert row["invalid_reasons"] == []
 
     def test_weights_unchanged_is_invalid(self, supervisor: Supervisor, bench: Any) -> None:
         """Training whose loss does not depend on the weights."""
