@@ -201,6 +201,13 @@ def declared_tag(entry: dict[str, Any]) -> str | None:
     return named[0].removeprefix(HARDWARE_RESOURCE) if named else None
 
 
+def declared_tags() -> set[str]:
+    """The tags that the live nodes were started with; nodes without one tell theirs only when they are probed."""
+    import ray
+
+    return {tag for entry in ray.nodes() if entry["Alive"] and (tag := declared_tag(entry)) is not None}
+
+
 def declared_accelerators(entry: dict[str, Any]) -> int:
     return int(entry.get("Resources", {}).get("GPU", 0))
 
