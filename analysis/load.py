@@ -63,16 +63,13 @@ def load_samples(directory: str | Path) -> pd.DataFrame:
 
 def load_plan(directory: str | Path) -> pd.DataFrame | None:
     """The cells that were planned, None where the folder has no plan."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = local_folder(directory, "plan.parquet") / "plan.parquet"
     if not path.is_file():
         return None
     try:
-        return _typed(pq.read_table(path))
-    except (pa.ArrowException, OSError) as error:
-        raise AnalysisError(f"{path} cannot be read as Parquet: {error}") from error
+        return _typed(_read_part(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _folders(directories: Directories) -> dict[str, Path]:
@@ -127,21 +124,38 @@ def _parts(folder: Path) -> list[Path]:
 def _read(folder: Path) -> pa.Table:
     """All parts as one table. A run may replace parts by a compacted one meanwhile: then list them again."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     for attempt in range(_READ_ATTEMPTS):
         path = folder
         try:
             tables = []
             for path in _parts(folder):
-                tables.append(pq.read_table(path, partitioning=None))
+                tables.append(_read_part(path))
+            path = folder
             return pa.concat_tables(tables, promote_options="permissive")
         except FileNotFoundError:
             if attempt + 1 == _READ_ATTEMPTS:
                 raise AnalysisError(f"{path} vanished while it was read; is the folder being moved?") from None
         except (pa.ArrowException, OSError) as error:
-            raise AnalysisError(f"{path} cannot be read as Parquet: {error}") from error
+            raise _unreadable(path, error) from error
     raise AssertionError("unreachable")
+
+
+def _read_part(path: Path) -> pa.Table:
+    """One Parquet file; a flipped byte raises instead of becoming a number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.validate(full=True)  # text that is none: a file without checksums, or a damaged footer
+        return table
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> AnalysisError:
+    return AnalysisError(f"{path} cannot be read as Parquet: {error}")
 
 
 def _typed(table: pa.Table) -> pd.DataFrame:

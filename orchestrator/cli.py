@@ -93,12 +93,17 @@ def plan(
     set_: SetOption = [],  # noqa: B006 - typer copies it
     only: OnlyOption = None,
     address: AddressOption = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The nodes of a Ray cluster file, before they are up.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the cells, what is excluded and why, and how long it will take; runs nothing."""
     from orchestrator.planning import print_plan, read_plan
 
-    planning = read_plan(sweep, set_, only, address)
+    if address is not None and cluster is not None:
+        raise typer.BadParameter("give --address of a running cluster or a --cluster file, not both")
+    planning = read_plan(sweep, set_, only, address, cluster)
     if as_json:
         print(json.dumps(planning.document()))
     else:

@@ -60,10 +60,9 @@ def connect(address: str | None = None) -> Iterator[Connection]:
     The local instance and its files are gone when this ends, and also when this process is killed: see `guard`.
     """
     check_imports()
+    check_reachable(address)
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
-    if address and not local:
-        _check_reachable(address)
     folder = _private_folder() if local else None
     guard = Guard(folder) if folder else None
     _set_environment(local=local)
@@ -101,8 +100,9 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base if len(base) <= _LONGEST_BASE else "/tmp"))
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for two minutes before it says that nobody is there."""
+def check_reachable(address: str | None) -> None:
+    """Raise `ConnectionProblem` where nobody listens; Ray itself tries for two minutes before it says so."""
+    address = address or os.environ.get("RAY_ADDRESS") or ""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host or not port.isdigit():
         return  # `auto`, `ray://...`: Ray's to resolve

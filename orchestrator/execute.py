@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 from orchestrator.expand import PlannedCell
 from orchestrator.interrupt import EXIT_INTERRUPTED, Stop
-from orchestrator.planning import local_tag, planned_cells, read_sweep
+from orchestrator.planning import local_messages, local_tag, planned_cells, read_sweep
 from orchestrator.sweep import Sweep, SweepError, make_sweep
 from tasks.probe import probe
 from tasks.secrets import Secrets
@@ -79,10 +79,13 @@ class Finished:
 
 def execute(sweep: str | Sweep | Mapping[str, Any], options: Options, progress_to: TextIO | None = None) -> Finished:
     """Run what the result folder does not hold yet; raises `problems.bad_input` errors before anything starts."""
+    from orchestrator.connection import check_reachable
+
     loaded = _load(sweep, options)
     where = str(options.out or RESULTS / loaded.name)
     if is_uri(where):
         check_uri(where)
+    check_reachable(options.address)
     tag = local_tag(probe())
     planned = planned_cells(loaded, None, tag)
     # a wrong expression must be found before anything is started
@@ -134,7 +137,7 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
     from orchestrator.dispatch import Dispatcher
     from orchestrator.exchange import start_exchange
     from orchestrator.head import watched
-    from orchestrator.inventory import Inventory
+    from orchestrator.inventory import Inventory, declared_tags
     from orchestrator.patience import PatientStore
     from orchestrator.progress import Progress
     from orchestrator.quiet import quiet
@@ -174,6 +177,9 @@ def _measure(sweep: Sweep, cells: _Cells, options: Options, results: _Results, p
                 if not connection.local:
                     named = {"run_id": run.run_id, "sweep": sweep.name, "out": results.where}
                     progress.watch = Watch(named, work.left_by_hardware)
+                    asked = [item for item in cells.planned if item.cell.cell_id in cells.chosen]
+                    for message in local_messages(asked, declared_tags()):
+                        progress.say(message)
                 dispatcher = Dispatcher(
                     work=work, inventory=Inventory(), journal=patient, progress=progress, stopping=stop,
                     static=connection.local, parallel=options.parallel_gpus, wait_nodes_s=options.wait_nodes_s,

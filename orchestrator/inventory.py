@@ -21,7 +21,7 @@ MAX_PROBES = 3
 
 
 class VersionMismatch(RuntimeError):
-    """Nodes that do not run the same Python and Ray; one sentence."""
+    """Nodes that do not run the same Python, Ray and benchmatrix; one sentence."""
 
 
 def is_accelerator(device: DeviceInfo) -> bool:
@@ -153,7 +153,7 @@ class Inventory:
         for what, here in (("python", platform.python_version()), ("ray", str(ray.__version__))):
             if answer[what] != here:
                 raise VersionMismatch(f"it runs {what} {answer[what]} and this driver {here}: both must be equal")
-        report = NodeReport.from_dict(answer["report"])
+        report = _report(answer["report"])
         if declared_tag(entry) == HEAD_TAG:
             report = replace(report, devices=tuple(replace(device, tag=HEAD_TAG) for device in report.devices))
         ours = git_revision()
@@ -166,6 +166,16 @@ class Inventory:
             accelerators=declared_accelerators(entry),
             report=report,
         )
+
+
+def _report(data: dict[str, Any]) -> NodeReport:
+    try:
+        return NodeReport.from_dict(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VersionMismatch(
+            "it runs another revision of benchmatrix, whose report this driver cannot read "
+            f"({type(error).__name__}: {error}): update one"
+        ) from error
 
 
 def probe_node(tag: str | None, accelerators: int) -> dict[str, Any]:
@@ -189,6 +199,13 @@ def declared_tag(entry: dict[str, Any]) -> str | None:
         return str(label)
     named = [name for name in entry.get("Resources", {}) if name.startswith(HARDWARE_RESOURCE)]
     return named[0].removeprefix(HARDWARE_RESOURCE) if named else None
+
+
+def declared_tags() -> set[str]:
+    """The tags that the live nodes were started with; nodes without one tell theirs only when they are probed."""
+    import ray
+
+    return {tag for entry in ray.nodes() if entry["Alive"] and (tag := declared_tag(entry)) is not None}
 
 
 def declared_accelerators(entry: dict[str, Any]) -> int:

@@ -1,7 +1,8 @@
 """The journal of a result folder: one JSON record per line, one writer, durable in groups.
 
 A record is handed to the OS at once (it survives a kill of the driver) and synced with its group: at the latest 64
-records or 100 ms later it survives a power failure too. One fsync per record would cost 2 ms each.
+records or 100 ms later it survives a power failure too. One fsync per record would cost 2 ms each. Until then it stays
+in memory: where a sync finds no space (a quota, NFS), the kernel may have dropped it, and it is written again.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.durable import StoreError, store_error, sync_folder, utc_now
+from orchestrator.durable import StoreError, StoreFull, store_error, sync_folder, utc_now
 
 GROUP_RECORDS = 64
 GROUP_SECONDS = 0.08  # leaves 20 ms of the 100 for the fsync itself
+FULL_SECONDS = 1.0
 
 Record = dict[str, Any]
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -43,7 +45,8 @@ class Journal:
         self.torn_bytes = 0
         self.last_sequence = 0
         self.size = 0
-        self._unsynced = 0
+        self._synced = 0  # bytes
+        self._unsynced: list[bytes] = []
         self._failure: OSError | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -56,6 +59,7 @@ class Journal:
             self._scan(on_record)
             os.fsync(self._descriptor)
             sync_folder(path.parent)
+            self._synced = self.size
         except OSError as error:
             os.close(self._descriptor)
             raise store_error(error, path) from error
@@ -100,21 +104,27 @@ class Journal:
         """Hand `record` to the OS, with `sequence` and `written_at` added; a record is whole or not there.
 
         Raises:
-            StoreFull: no space; nothing was written and the call may be repeated.
+            StoreFull: no space, for this record or for syncing earlier ones; it was not appended and the call may be
+                repeated.
             StoreError: the file cannot be written, or an earlier group could not be synced.
         """
+        if self._failure is not None:
+            with self._syncing:
+                self._write_again()
         with self._changed:
             self._check()
             sequence = self.last_sequence + 1
             text = _ENCODER.encode({**record, "sequence": sequence, "written_at": utc_now()})
-            self._write(text.encode() + b"\n")
+            data = text.encode() + b"\n"
+            self._write(data)
             self.last_sequence = sequence
-            self._unsynced += 1
-            group_is_full = self._unsynced >= GROUP_RECORDS
-            if self._unsynced == 1:
+            self._unsynced.append(data)
+            group_is_full = len(self._unsynced) >= GROUP_RECORDS
+            if len(self._unsynced) == 1:
                 self._changed.notify()
         if group_is_full:
-            self.flush()
+            with suppress(StoreFull):  # this record is appended: the next call says it
+                self.flush()
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -133,19 +143,53 @@ class Journal:
     def flush(self) -> None:
         """Return when everything appended so far has been synced."""
         with self._syncing:
+            self._write_again()
             with self._changed:
                 self._check()
-                covered = self._unsynced
+                covered = len(self._unsynced)
             if not covered:
                 return
             try:
                 os.fdatasync(self._descriptor)
             except OSError as error:
-                # After a failed fsync the kernel may have dropped the pages: only a new scan knows what is there.
                 self._failure = error
                 raise store_error(error, self.path) from error
             with self._changed:
-                self._unsynced -= covered
+                self._forget(covered)
+
+    def _forget(self, count: int) -> None:
+        self._synced += sum(map(len, self._unsynced[:count]))
+        del self._unsynced[:count]
+
+    def _write_again(self) -> None:
+        """After a failure for want of space, with `_syncing` held: make the file end with what is not synced yet.
+
+        After a failed fsync the kernel may have dropped the pages, and a later one reports success all the same. What
+        is there still is overwritten by the same bytes, so that readers see no record go.
+        """
+        with self._changed:
+            if (
+                self._failure is None
+                or self._closed
+                or not isinstance(store_error(self._failure, self.path), StoreFull)
+            ):
+                return
+            data = b"".join(self._unsynced)
+            try:
+                descriptor = os.open(self.path, os.O_WRONLY)  # the other one appends wherever it is told to write
+                try:
+                    done = 0
+                    while done < len(data):
+                        done += os.pwrite(descriptor, data[done:], self._synced + done)
+                    os.ftruncate(descriptor, self._synced + len(data))
+                    os.fdatasync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                self._failure = error
+                raise store_error(error, self.path) from error
+            self._forget(len(self._unsynced))
+            self.size, self._failure = self._synced, None
 
     def close(self) -> None:
         """Sync and close; further calls do nothing."""
@@ -169,13 +213,16 @@ class Journal:
     def _sync_in_groups(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._unsynced > 0)
-                if self._closed or self._changed.wait_for(lambda: self._closed, timeout=GROUP_SECONDS):
+                self._changed.wait_for(lambda: self._closed or self._unsynced)
+                pause_s = GROUP_SECONDS if self._failure is None else FULL_SECONDS
+                if self._closed or self._changed.wait_for(lambda: self._closed, timeout=pause_s):
                     return
-            with suppress(StoreError):  # remembered: the next append or flush raises it
+            try:
                 self.flush()
-            if self._failure is not None:
-                return
+            except StoreFull:
+                continue
+            except StoreError:
+                return  # remembered: the next append or flush raises it
 
 
 def read_journal(path: Path, size: int | None = None) -> Iterator[Record]:

@@ -62,7 +62,8 @@ class Mirror:
         self._interval_s = interval_s
         self._token = uuid.uuid4().hex
         self._stamps: dict[str, _Stamp] = {}
-        self._journal_bytes = 0
+        self._journal_bytes = 0  # of the remote journal, as this driver wrote it
+        self._journal_tried = 0  # as much may be there when a write was carried out but reported as failed
         self._failed: str | None = None
         self._copying, self._closing = threading.Lock(), threading.Event()
         self._claim()
@@ -84,10 +85,14 @@ class Mirror:
             return
         self._closing.set()
         self._thread.join()
+        copied = False
         for attempt in range(_CLOSING_TRIES):
             try:
-                self.copy()
-                self._remote.delete(DRIVER)
+                if not copied:
+                    self.copy()
+                copied = True
+                if DRIVER in self._remote.sizes():  # a deletion that was reported as failed may have been carried out
+                    self._remote.delete(DRIVER)
                 return
             except UriError as error:
                 if attempt + 1 == _CLOSING_TRIES:
@@ -98,7 +103,12 @@ class Mirror:
                 time.sleep(2.0**attempt)
 
     def copy(self) -> None:
-        """Carry over what has changed: the journal first, since the rest can be made from it."""
+        """Carry over what has changed: the journal first, since the rest can be made from it.
+
+        Raises:
+            StoreLocked: another driver has taken the URI over; nothing was written, and nothing will be.
+            UriError: it cannot be reached now.
+        """
         with self._copying:
             self._renew()
             self._copy_journal()
@@ -115,6 +125,10 @@ class Mirror:
         while not self._closing.wait(self._interval_s):
             try:
                 self.copy()
+            except StoreLocked as error:
+                if self.say is not None:
+                    self.say(str(error))
+                return
             except (UriError, StoreError) as error:
                 if self._failed is None and self.say is not None:
                     self.say(f"{error} The results are whole in {self.directory}; copying is tried again.")
@@ -132,6 +146,7 @@ class Mirror:
                 start = self._journal_bytes - self._journal_bytes % SEGMENT_BYTES
                 file.seek(start)
                 data = file.read(min(SEGMENT_BYTES, end - start))
+                self._journal_tried = max(self._journal_tried, start + len(data))
                 self._remote.write(f"{JOURNAL}/{start // SEGMENT_BYTES:06d}.jsonl", data)
                 self._journal_bytes = start + len(data)
 
@@ -164,13 +179,35 @@ class Mirror:
         self._write_claim()
         if holder is not None:
             time.sleep(1.0)
-        self._renew()
+        if (other := self._other_driver(self._remote.sizes())) is not None:
+            raise StoreLocked(f"{self._remote.uri} was taken over by {other}.")
 
     def _renew(self) -> None:
-        holder = read_claim(self._remote)
-        if holder is not None and holder["token"] != self._token:
-            raise StoreLocked(f"{self._remote.uri} was taken over by process {holder['pid']} on {holder['host']}.")
+        sizes = self._remote.sizes()
+        other = self._other_driver(sizes)
+        total = sum(sizes[name] for name in journal_segments(sizes))
+        if other is None and not self._journal_bytes <= total <= self._journal_tried:
+            other = "a driver that has changed its journal"
+        if other is not None:
+            raise StoreLocked(
+                f"{self._remote.uri} was taken over by {other}: nothing more is copied there. All that this driver "
+                f"recorded is whole in {self.directory}; `benchmatrix table` reads both together, and the same command "
+                "goes on from the URI and keeps this folder aside."
+            )
         self._write_claim()
+
+    def _other_driver(self, sizes: dict[str, int]) -> str | None:
+        """Who has the URI in this driver's place. Whoever takes it over replaces the claim and in the end deletes it.
+
+        Raises:
+            UriError: that cannot be told now.
+        """
+        if DRIVER not in sizes:
+            return "a driver that has ended since"
+        holder = _parsed(self._remote.read(DRIVER))
+        if holder is None:
+            raise UriError(f"{self._remote.uri}: {DRIVER} cannot be understood")
+        return None if holder["token"] == self._token else f"process {holder['pid']} on {holder['host']}"
 
     def _write_claim(self) -> None:
         claim = {"token": self._token, "pid": os.getpid(), "host": socket.gethostname(), "seen": utc_now()}
@@ -191,7 +228,7 @@ class Mirror:
         elif (self.directory / _STATE).exists():
             known = json.loads((self.directory / _STATE).read_text())
             self._stamps = {name: (stamp[0], stamp[1]) for name, stamp in known.items() if sizes.get(name) == stamp[1]}
-        self._journal_bytes = total
+        self._journal_bytes = self._journal_tried = total
 
     def _begins_with(self, local: Path, segments: list[str]) -> bool:
         """Whether one of the two journals is the beginning of the other."""
@@ -224,12 +261,21 @@ class Mirror:
 
 
 def read_claim(remote: RemoteFolder) -> dict[str, str] | None:
-    """Who writes a URI now, if anybody: `token`, `pid`, `host`, `seen`."""
+    """Who writes a URI now, if anybody: `token`, `pid`, `host`, `seen`. A claim that says nothing is nobody's."""
     if DRIVER not in remote.sizes():
         return None
     try:
-        claim = json.loads(remote.read(DRIVER))
-    except (UriError, ValueError):
+        return _parsed(remote.read(DRIVER))
+    except UriError:
+        if DRIVER in remote.sizes():
+            raise
+        return None  # given back meanwhile
+
+
+def _parsed(data: bytes) -> dict[str, str] | None:
+    try:
+        claim = json.loads(data)
+    except ValueError:
         return None
     return claim if isinstance(claim, dict) and {"token", "pid", "host", "seen"} <= set(claim) else None
 

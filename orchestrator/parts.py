@@ -34,7 +34,7 @@ def read_part(path: Path) -> pa.Table | None:
 
     try:
         return pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
 
 
@@ -173,15 +173,13 @@ class SampleParts:
         write_atomically(path, to_parquet(to_table([asdict(item) for item in series], samples_schema())))
 
     def recover(self, known: set[Key]) -> list[str]:
-        """Drop samples of runs that the journal does not know, move unreadable parts to `_damaged`; returns those."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Drop samples of runs that the journal does not know, move damaged parts to `_damaged`; returns those.
 
+        Every part is read, some 50 ms each: nothing else notices a flipped byte before an analysis does.
+        """
         moved: list[str] = []
         for path in _parts(self._folder):
-            try:
-                pq.read_metadata(path)
-            except (OSError, pa.ArrowException):
+            if read_part(path) is None:
                 (self._folder / "_damaged").mkdir(exist_ok=True)
                 path.replace(self._folder / "_damaged" / path.name)
                 moved.append(path.name)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orchestrator.expand import PlannedCell, expand
 from orchestrator.placement import Placed, devices_of, place
-from orchestrator.sweep import Sweep, load_sweep, parse_only
+from orchestrator.sweep import LOCAL, Sweep, load_sweep, parse_only
 from orchestrator.sweep_quality import without_harness
-from tasks.device import DeviceInfo
-from tasks.probe import NodeReport, probe
+from tasks.device import HEAD_TAG, DeviceInfo, tag_matches
+from tasks.probe import NodeReport, installed_packages, probe
 from tasks.registry import optimizations
 
 # Seconds of one run besides the measuring passes: process, load, first call, evidence. Seen on 2 cores and an H200.
@@ -26,11 +26,15 @@ COMPILE_WARM_S = 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """A sweep placed on the devices that were looked at. `tags` are theirs, `slots` how many slots each tag has."""
+    """A sweep placed on the devices that were looked at. `slots` says how many of them each tag has.
+
+    `messages` are sentences for the person.
+    """
 
     sweep: Sweep
     placed: list[Placed]
     slots: dict[str, int]
+    messages: tuple[str, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -76,17 +80,35 @@ def planned_cells(sweep: Sweep, only: str | None, tag: str) -> list[PlannedCell]
     return expand(sweep, tag, None if only is None else parse_only(only))
 
 
-def read_plan(sweep: str, overrides: Sequence[str], only: str | None, address: str | None) -> Planning:
-    """Expand and place a sweep on this machine's devices, or on those of the cluster at `address`."""
+def read_plan(
+    sweep: str, overrides: Sequence[str], only: str | None, address: str | None = None, cluster: Path | None = None
+) -> Planning:
+    """Expand and place a sweep on this machine's devices, on those of the cluster at `address` or of a cluster file."""
     loaded = read_sweep(sweep, overrides)
     chosen = None if only is None else parse_only(only)
     report = probe()
     devices: list[DeviceInfo] = list(report.devices)
     if address is not None:
         devices = _cluster_devices(address)
+    elif cluster is not None:
+        devices = _promised_devices(cluster)
     cells = expand(loaded, local_tag(report), chosen)
     placed = place(cells, devices, loaded.limits.memory_budget_bytes)
-    return Planning(sweep=loaded, placed=placed, slots=dict(Counter(device.tag for device in devices)))
+    slots = Counter(device.tag for device in devices)
+    return Planning(sweep=loaded, placed=placed, slots=dict(slots), messages=tuple(local_messages(cells, slots)))
+
+
+def local_messages(planned: Iterable[PlannedCell], tags: Iterable[str]) -> list[str]:
+    """A sentence where a sweep's `local` leaves hardware of these tags unused, which it names."""
+    asked = {item.cell.hardware for item in planned}
+    local = sorted({item.cell.hardware for item in planned if item.hardware_requested == LOCAL})
+    unused = sorted(tag for tag in set(tags) - {HEAD_TAG} if not any(tag_matches(word, tag) for word in asked))
+    if not local or not unused:
+        return []
+    return [
+        f"the sweep's hardware is {LOCAL}, which is {local[0]} where this command runs, and leaves {', '.join(unused)} "
+        f"unused: name the hardware, such as --set 'hardware=[{','.join(unused)}]'"
+    ]
 
 
 def local_tag(report: NodeReport) -> str:
@@ -117,7 +139,7 @@ def print_plan(planning: Planning) -> None:
     decisions = Counter(item.decision.value for item in planning.placed)
     counts = ", ".join(f"{number} {name}" for name, number in decisions.items())
     print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
-    for message in without_harness(planning.sweep.quality, devices_of(planning.placed)):
+    for message in [*planning.messages, *without_harness(planning.sweep.quality, devices_of(planning.placed))]:
         print(message)
 
 
@@ -139,6 +161,18 @@ def _estimate(sweep: Sweep, item: Placed) -> float:
     if any(known[name].family == "compile" for name in item.planned.cell.stack.names()):
         seconds += COMPILE_COLD_S + COMPILE_WARM_S * (rounds - 1)
     return min(seconds, rounds * sweep.limits.cell_timeout_s)
+
+
+def _promised_devices(path: Path) -> list[DeviceInfo]:
+    """The devices of a cluster file's nodes, taken to have this project's packages as they are installed here."""
+    from orchestrator.cluster import load_cluster
+
+    packages = installed_packages()
+    return [
+        replace(node_class.device(), index=index, packages=packages)
+        for node_class in load_cluster(path)
+        for index in range(node_class.nodes * max(node_class.accelerators, 1))
+    ]
 
 
 def _cluster_devices(address: str) -> list[DeviceInfo]:

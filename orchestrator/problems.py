@@ -6,6 +6,7 @@ import sys
 
 _ERRORS = {
     "analysis.errors": ("AnalysisError",),
+    "orchestrator.cluster": ("ClusterFileError",),
     "orchestrator.connection": ("ConnectionProblem",),
     "orchestrator.durable": ("StoreError",),
     "orchestrator.submit": ("SubmitError",),

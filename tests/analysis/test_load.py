@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import AnalysisError, load, load_plan, load_samples
+from orchestrator.store import Store
+from tasks.job import RunResult, SampleSeries
 
 
 def test_types_and_rows(build: SimpleNamespace, tmp_path: Path) -> None:
@@ -127,6 +130,30 @@ def test_a_damaged_part_is_named(build: SimpleNamespace, tmp_path: Path) -> None
     (tmp_path / "rows" / "part-99999.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(AnalysisError, match="part-99999"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows/part-000000.parquet", "samples/part-000000.parquet", "plan.parquet"])
+def test_a_flipped_byte_never_becomes_a_number(build: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    cell = build.cell()
+    series = SampleSeries(cell_id=cell.cell_id, round=0, result_key="k", measured_in="latency", label="",
+                          values_ms=[1.0 + number / 7 for number in range(50)], ended_s=[1.0, 2.0])  # fmt: skip
+    with Store.open(tmp_path) as store:
+        store.add(RunResult(row=build.row(cell, result_key="k"), samples=[asdict(series)]))
+        store.write_plan([{"cell_id": cell.cell_id, "baseline_id": cell.baseline_id, "rounds": 1}])
+    read = load_samples if name.startswith("samples") else load
+    good = read(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")  # Parquet has no checksum for it
+    refused = 0
+    for position in range(4, len(whole) - 8 - footer, (len(whole) - footer) // 40):
+        (tmp_path / name).write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            found = read(tmp_path)
+        except AnalysisError as error:
+            refused += name.rpartition("/")[2] in str(error)
+        else:  # the statistics of a page, which nobody reads
+            assert [column for column in good if str(found[column].tolist()) != str(good[column].tolist())] == []
+    assert refused > 10
 
 
 def test_unfinished_files_are_not_read(build: SimpleNamespace, tmp_path: Path) -> None:

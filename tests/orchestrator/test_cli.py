@@ -59,6 +59,24 @@ class TestPlan:
         assert decisions["baseline", "rtx3090"] == "unplaced"
         assert document["estimated_s"] > 0
 
+    def test_for_the_nodes_of_a_cluster_file(self, sweep: Path, tmp_path: Path) -> None:
+        tags = ["a100-80gb", "rtx3090", "rtx4060", "cpu"]
+        named = f"hardware=[{','.join(tags)}]"
+        result = benchmatrix("plan", sweep, "--cluster", "cluster.yaml", "--json", "--set", named)
+        assert result.returncode == 0, result.stderr
+        cells = json.loads(result.stdout)["cells"]
+        decisions = {(cell["optimization"], cell["hardware"]): cell["decision"] for cell in cells}
+        assert {decisions["bf16", tag] for tag in tags} == {"run"}
+        assert decisions["sdpa-cudnn", "cpu"] == "unsupported" and decisions["sdpa-cudnn", "rtx3090"] == "run"
+        local = benchmatrix("plan", sweep, "--cluster", "cluster.yaml")
+        assert "the sweep's hardware is local, which is " in local.stdout.replace("\n", " ")
+        assert "rtx3090,rtx4060]'" in local.stdout
+        assert "hardware is local" not in benchmatrix("plan", sweep).stdout
+        missing = benchmatrix("plan", sweep, "--cluster", tmp_path / "none.yaml")
+        assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1 and "No such file" in missing.stderr
+        both = benchmatrix("plan", sweep, "--cluster", "cluster.yaml", "--address", "127.0.0.1:1")
+        assert both.returncode == 2 and "not both" in both.stderr
+
     def test_for_people(self, sweep: Path) -> None:
         result = benchmatrix("plan", sweep, "--only", "optimization=bf16", "--set", "hardware=[cpu]")
         assert "prefill[batch_size=1,sequence_length=16]" in result.stdout
@@ -121,6 +139,9 @@ def test_no_cluster_there_is_one_sentence(sweep: Path, tmp_path: Path) -> None:
     result = benchmatrix("nodes", "--address", "127.0.0.1:1")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and "no Ray cluster can be reached at 127.0.0.1:1" in result.stderr
+    result = benchmatrix("run", sweep, "--address", "127.0.0.1:1", "--out", tmp_path / "out")
+    assert result.returncode == 2 and "no Ray cluster can be reached at 127.0.0.1:1" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_catalogue_tag_and_nodes() -> None:

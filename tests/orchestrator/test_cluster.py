@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from orchestrator.cluster import ClusterFileError, load_cluster
+from orchestrator.planning import local_messages, planned_cells, read_sweep
 
 ROOT = Path(__file__).parents[2]
 ON_PREMISE = ROOT / "cluster.yaml"
@@ -106,6 +107,9 @@ def test_the_rayjob_has_the_shape_that_kuberay_reads():
     assert cluster["rayVersion"] == "2.60.0"
     assert cluster["authOptions"] == {"mode": "token"}
     workers = cluster["workerGroupSpecs"]
+    arguments = shlex.split(spec["entrypoint"])
+    sweep = read_sweep(arguments[2], [arguments[arguments.index("--set") + 1]])
+    assert sweep.hardware == [group["labels"]["bench/hw"] for group in workers]
     assert [group["labels"]["bench/hw"] for group in workers] == ["a100-80gb", "rtx3090", "rtx4060", "cpu"]
     for group in [cluster["headGroupSpec"], *workers]:
         (container,) = group["template"]["spec"]["containers"]
@@ -119,6 +123,20 @@ def test_the_rayjob_has_the_shape_that_kuberay_reads():
         wanted = "1" if group["groupName"] != "cpu" else None
         assert container["resources"]["limits"].get("nvidia.com/gpu") == wanted
         assert ("nodeSelector" in group["template"]["spec"]) == (wanted is not None)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "tags", "unused"),
+    [
+        ("local", ["head", "cpu", "rtx3090", "a100-80gb"], "a100-80gb,rtx3090"),
+        ("local", ["head", "cpu"], None),
+        ("local,a100,rtx3090", ["cpu", "rtx3090", "a100-80gb"], None),
+        ("cpu", ["cpu", "rtx3090"], None),
+    ],
+)
+def test_what_local_leaves_unused_on_a_cluster_is_said(hardware, tags, unused):
+    messages = local_messages(planned_cells(read_sweep("llama-1b", [f"hardware=[{hardware}]"]), None, "cpu"), tags)
+    assert [message.partition("--set ")[2] for message in messages] == ([f"'hardware=[{unused}]'"] if unused else [])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,27 @@ def test_a_node_with_another_revision_of_the_project_says_so(monkeypatch: pytest
     assert "revision aaaaaaaaaaaa of this project and the driver bbbbbbbbbbbb" in text
     monkeypatch.setattr("orchestrator.inventory.git_revision", lambda: "a" * 40)
     assert not Inventory()._node(entry(), answer(report=report)).report.disagreements
+
+
+OLDER = {name: value for name, value in LOCAL.to_dict().items() if name != "free_bytes"}
+NEWER = {**LOCAL.to_dict(), "numa_nodes": 1}
+OTHER_DEVICES = {**LOCAL.to_dict(), "devices": [{"kind": "cpu", "numa_node": 1}]}
+
+
+@pytest.mark.parametrize("report", [OLDER, NEWER, OTHER_DEVICES], ids=["older", "newer", "devices"])
+def test_a_report_of_another_revision_leaves_the_node_out(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(ray, "get", lambda reference: answer(report=report))
+    inventory = Inventory()
+    node_id = entry()["NodeID"]
+    inventory._probing[node_id] = (object(), entry(), time.monotonic() + 60)
+    joined, (text,) = inventory._collect({node_id: entry()})
+    assert not joined and "is left out: it runs another revision of benchmatrix" in text and "\n" not in text
+    assert node_id in inventory.left_out
 
 
 @pytest.fixture(scope="module")

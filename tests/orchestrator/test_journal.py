@@ -1,5 +1,6 @@
 """The journal: whole records or none, whatever ends the process, and a tail that repairs itself."""
 
+import errno
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from orchestrator import journal as module
 from orchestrator.durable import StoreError, StoreFull
 from orchestrator.journal import GROUP_RECORDS, Journal, read_journal
 
@@ -160,6 +162,98 @@ def test_no_space_leaves_whole_records_and_goes_on_when_there_is_some(path, file
     journal.close()
     assert numbers(path) == list(range(written + 1))
     assert [record["sequence"] for record in read_journal(path)] == list(range(1, written + 2))
+
+
+@pytest.fixture
+def quota(monkeypatch):
+    """While set, a sync finds no space and drops what was written since the last one, as NFS may."""
+    full = threading.Event()
+    synced = {}
+    fdatasync = os.fdatasync
+
+    def limited(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        if full.is_set():
+            os.ftruncate(descriptor, synced.get(inode, 0))
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        fdatasync(descriptor)
+        synced[inode] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fdatasync", limited)
+    monkeypatch.setattr(module, "FULL_SECONDS", 0.05)
+    return full
+
+
+def test_no_space_at_a_sync_loses_nothing_and_goes_on(path, quota):
+    journal = Journal(path)
+    for n in range(3):
+        journal.append({"n": n})
+    journal.flush()
+    quota.set()
+    journal.append({"n": 3})
+    with pytest.raises(StoreFull):
+        journal.flush()
+    for _ in range(2):
+        with pytest.raises(StoreFull):
+            journal.append({"n": 4})
+    quota.clear()
+    journal.append({"n": 4})
+    journal.flush()
+    assert numbers(path) == [0, 1, 2, 3, 4] and journal.size == path.stat().st_size
+    journal.append({"n": 5})
+    journal.close()
+    assert [(record["sequence"], record["n"]) for record in read_journal(path)] == [(n + 1, n) for n in range(6)]
+
+
+def test_no_space_at_the_sync_of_a_full_group_repeats_no_record(path, quota, monkeypatch):
+    monkeypatch.setattr(module, "GROUP_SECONDS", 60.0)
+    journal = Journal(path)
+    quota.set()
+    for n in range(GROUP_RECORDS):
+        journal.append({"n": n})
+    with pytest.raises(StoreFull):
+        journal.append({"n": GROUP_RECORDS})
+    quota.clear()
+    journal.append({"n": GROUP_RECORDS})
+    journal.close()
+    assert numbers(path) == list(range(GROUP_RECORDS + 1))
+
+
+def test_what_found_no_space_is_synced_later_without_another_call(path, quota):
+    journal = Journal(path)
+    quota.set()
+    journal.append({"n": 0})
+    wait_until(lambda: journal._failure is not None)
+    quota.clear()
+    wait_until(lambda: journal._failure is None)
+    assert numbers(path) == [0]
+    journal.append({"n": 1})
+    wait_until(lambda: not journal._unsynced)
+    journal.close()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_error_of_the_disk_at_a_sync_ends_it(path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    journal = Journal(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", broken)
+        journal.append({"n": 0})
+        with pytest.raises(StoreError, match="Input/output error"):
+            journal.flush()
+    with pytest.raises(StoreError, match="Input/output error") as caught:
+        journal.append({"n": 1})
+    assert not isinstance(caught.value, StoreFull)
+    with pytest.raises(StoreError):
+        journal.close()
 
 
 WRITER = textwrap.dedent("""

@@ -58,6 +58,15 @@ def run(uri: str, numbers: range) -> Mirror:
     return opened
 
 
+def contents(uri: str) -> dict[str, bytes]:
+    remote = RemoteFolder.open(uri)
+    return {name: remote.read(name) for name in remote.sizes()}
+
+
+def broken(*arguments: object) -> bytes:
+    raise UriError("no route")
+
+
 def test_everything_is_there_in_the_end(uri: str, machine: Any) -> None:
     opened = run(uri, range(5))
     names = set(RemoteFolder.open(uri).sizes())  # the claim is gone, and samples are merged
@@ -164,6 +173,92 @@ class TestClaim:
         self.claim(uri)
         with pytest.raises(StoreLocked, match="was taken over"):
             opened.close()
+
+    def test_taken_over_and_given_back_while_silent(self, uri: str, machine: Any) -> None:
+        said: list[str] = []
+        silent = Mirror(uri, say=said.append, interval_s=1000)
+        with Store.open(silent.directory) as store:
+            store.add(result(0))
+            silent.copy()
+            self.claim(uri, seen="2026-01-01T00:00:00+00:00")
+            machine("two")
+            run(uri, range(1, 5))
+            theirs = contents(uri)
+            store.add(result(9))
+        with pytest.raises(StoreLocked, match="a driver that has ended since") as caught:
+            silent.close()
+        assert str(silent.directory) in str(caught.value)
+        assert contents(uri) == theirs
+        assert set(load(silent.directory)["cell_id"]) == {"cell0000", "cell0009"}
+
+    def test_the_journal_grew_under_a_claim_that_looks_like_ours(self, uri: str, machine: Any) -> None:
+        opened = Mirror(uri, interval_s=1000)
+        with Store.open(opened.directory) as store:
+            store.add(result(0))
+            opened.copy()
+            remote = RemoteFolder.open(uri)
+            remote.write("journal/000000.jsonl", remote.read("journal/000000.jsonl") + b'{"kind":"theirs"}\n')
+            theirs = contents(uri)
+            store.add(result(1))
+        with pytest.raises(StoreLocked, match="has changed its journal"):
+            opened.close()
+        assert contents(uri) == theirs
+
+    def test_the_copier_gives_up_what_was_taken_over(self, uri: str, machine: Any) -> None:
+        said: list[str] = []
+        opened = Mirror(uri, say=said.append, interval_s=0.05)
+        RemoteFolder.open(uri).delete(DRIVER)
+        opened._thread.join(10.0)
+        assert not opened._thread.is_alive() and len(said) == 1 and "nothing more is copied" in said[0]
+        with pytest.raises(StoreLocked):
+            opened.close()
+        assert DRIVER not in RemoteFolder.open(uri).sizes()
+
+    @pytest.mark.parametrize("content", [b"", b"{}", None])
+    def test_one_that_cannot_be_read_now_is_no_takeover(
+        self, uri: str, machine: Any, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = Mirror(uri, interval_s=1000)
+        remote = RemoteFolder.open(uri)
+        claim = remote.read(DRIVER)
+        with monkeypatch.context() as patched:
+            if content is None:
+                patched.setattr(RemoteFolder, "read", broken)
+            else:
+                remote.write(DRIVER, content)
+            with pytest.raises(UriError):
+                opened.copy()
+            if content is None:
+                machine("two")
+                with pytest.raises(UriError, match="no route"):
+                    Mirror(uri)
+        remote.write(DRIVER, claim)
+        opened.close()
+        assert DRIVER not in remote.sizes()
+
+    def test_what_was_carried_out_though_reported_as_failed(
+        self, uri: str, machine: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+        opened = Mirror(uri, interval_s=1000)
+        with Store.open(opened.directory) as store:
+            store.add(result(0))
+        failed: set[tuple[str, str]] = set()
+
+        def reported_as_failed(call: Any) -> Any:
+            def wrapped(self: RemoteFolder, name: str, *data: bytes) -> None:
+                call(self, name, *data)
+                if name in ("journal/000000.jsonl", DRIVER) and (call.__name__, name) not in failed:
+                    failed.add((call.__name__, name))
+                    raise UriError("timeout")
+
+            return wrapped
+
+        for name in ("write", "delete"):
+            monkeypatch.setattr(RemoteFolder, name, reported_as_failed(getattr(RemoteFolder, name)))
+        monkeypatch.setattr(module, "_CLOSING_TRIES", 5)
+        opened.close()
+        assert len(failed) == 3 and len(load(uri)) == 1 and DRIVER not in RemoteFolder.open(uri).sizes()
 
 
 def test_a_store_that_cannot_be_reached_is_waited_for(uri: str, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

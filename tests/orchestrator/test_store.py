@@ -255,9 +255,10 @@ def test_a_row_that_only_the_journal_lost_is_taken_from_its_part(folder, eager):
     assert len(list(read_journal(path))) == 30
 
 
-def test_damaged_samples_are_set_aside(folder):
+@pytest.mark.parametrize("damage", [cut_short, flip])
+def test_damaged_samples_are_set_aside(folder, damage):
     filled(folder, 3, samples=5)
-    cut_short(folder / "samples" / "part-000000.parquet")
+    damage(folder / "samples" / "part-000000.parquet")
     with Store.open(folder) as opened:
         assert "samples/part-000000.parquet is damaged" in opened.repairs[0]
         opened.add(result(3, samples=5))
