@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from datetime import datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -29,7 +30,6 @@ rounds: 1
 def finished(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     import subprocess
     import sys
-    from pathlib import Path
     from types import SimpleNamespace
 
     root = Path(__file__).resolve().parents[2]
@@ -126,6 +126,12 @@ def test_running_it_again_measures_nothing(finished: Any) -> None:
     again = finished.benchmatrix("run", finished.out / "sweep.yaml", "--out", finished.out, "--json", "--address",
                                  finished.nodes and finished_address(finished))  # fmt: skip
     assert json.loads(again.stdout.splitlines()[-1])["runs"] == 0
+
+
+def test_what_a_local_sweep_leaves_unused_is_said(finished: Any, tmp_path: Path) -> None:
+    local = finished.benchmatrix("run", finished.out / "sweep.yaml", "--set", "hardware=[local]", "--out", tmp_path,
+                                 "--address", finished_address(finished))  # fmt: skip
+    assert "leaves a100, rtx3090, rtx4060 unused" in " ".join(local.stderr.split())
 
 
 def finished_address(finished: Any) -> str:
