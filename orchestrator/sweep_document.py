@@ -19,6 +19,9 @@ class SweepError(ValueError):
     """Bad input of a sweep. The text is `FILE:LINE: message`, one line for each problem."""
 
 
+MOST_VALUES = 1_000_000
+
+
 @dataclass(kw_only=True)
 class Document:
     """A parsed YAML mapping that remembers where each of its parts came from: a line, or an override's text."""
@@ -66,6 +69,7 @@ def parse(text: str, source: str) -> Document:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _refuse_duplicate_keys(node, source)
+        _refuse_expansion(node, source)
         data = None if node is None else _unshared(loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -102,6 +106,26 @@ def _refuse_duplicate_keys(root: yaml.Node | None, source: str) -> None:
                         raise SweepError(f"{source}:{line}: key {key.value!r} is given twice, first on line {known}")
                     first[key.value] = line
                 pending.append(value)
+
+
+def _refuse_expansion(root: yaml.Node | None, source: str) -> None:
+    """A few lines of aliases of aliases are billions of values once each has its own copy."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            scalar = isinstance(node, yaml.ScalarNode)
+            sizes[id(node)] = 1 if scalar else 1 + sum(size(part) for part in parts)
+            if sizes[id(node)] > MOST_VALUES:
+                raise SweepError(
+                    f"{source}:{node.start_mark.line + 1}: with its aliases written out this has more than "
+                    f"{MOST_VALUES:,} values"
+                )
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root)
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from tasks.stacks import nearest
 from tasks.workload import Workload
 
 LARGEST = 2**31 - 1
+MOST_POINTS = 1_000_000
 ZIP = "zip"
 
 
@@ -51,6 +52,9 @@ class WorkloadEntry(Strict):
         if len(set(lengths.values())) > 1:
             text = ", ".join(f"{key} has {length}" for key, length in lengths.items())
             problems.append(((ZIP,), f"the lists of zip must be equally long: {text}"))
+        points = math.prod(map(len, axes.values())) * max(lengths.values(), default=1)
+        if points > MOST_POINTS:
+            problems.append(((), f"its axes make {points:,} points: at most {MOST_POINTS:,}, split the sweep"))
         if problems:
             refuse(problems)
         return {"kind": workload.kind, "axes": axes, "together": together}

@@ -344,6 +344,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
         GOOD.replace("[pocket]", "[{hub: ./folder}]"),
         "mine.yaml:1: hub './folder' is not org/name; for a folder write path",
     ),
+    "too many points": (
+        GOOD.replace("[1, 8]", f"{list(range(1, 2000))}, sequence_length: {list(range(1, 2000))}"),
+        "mine.yaml:3: its axes make 3,996,001 points: at most 1,000,000, split the sweep",
+    ),
+    "aliases of aliases": (
+        "a0: &a0 [x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 4)}]\n" for n in range(1, 15)),
+        "mine.yaml:10: with its aliases written out this has more than 1,000,000 values",
+    ),
 }
 
 
