@@ -18,6 +18,7 @@ from orchestrator.durable import utc_now
 
 NAMESPACE = b"benchmatrix"
 PUBLISH_S = 5.0
+FAILED_S = 60.0  # a call that fails may take its time, and the run waits for it
 # The store is the head's memory: older runs make room.
 KEPT_RUNS = 20
 _MESSAGES = 5
@@ -40,8 +41,7 @@ class Watch:
         self._outcomes: dict[str, Counter[str]] = {}
         self._wall_s: dict[str, deque[float]] = {}
         self._messages: deque[str] = deque(maxlen=_MESSAGES)
-        self._published = -PUBLISH_S
-        self._works = True
+        self._next = 0.0  # when to publish again
         self._runs, self._runs_left, self._slots = _metrics()
         self._tags = {"sweep": str(run["sweep"]), "run_id": str(run["run_id"])}
 
@@ -59,14 +59,14 @@ class Watch:
 
     def refresh(self, lanes: Lanes, *, now: bool = False) -> None:
         """Publish, at most every few seconds unless `now`."""
-        if not self._works or (not now and time.monotonic() - self._published < PUBLISH_S):
+        if not now and time.monotonic() < self._next:
             return
-        self._published = time.monotonic()
+        self._next = time.monotonic() + PUBLISH_S
         try:
             self._publish(lanes)
         except Exception as error:  # Ray's own errors are of many kinds; the dispatcher meets them where they matter
-            self._works = False
-            self._messages.append(f"watching ended: {type(error).__name__}")
+            self._next = time.monotonic() + FAILED_S
+            self._messages.append(f"the state could not be published: {type(error).__name__}")
 
     def close(self, status: int) -> None:
         """The run has ended with this exit status."""
