@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.exchange import slot_name
 from orchestrator.inventory import Inventory, Node, bench_devices, is_accelerator
+from orchestrator.journal import GIVEN_UP
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
 from orchestrator.slots import ANSWER_S, MAX_STARTS, BenchSlot, Phase, bind, close_all
@@ -297,7 +298,7 @@ class Dispatcher:
 
     def _lose(self, slot: BenchSlot, reason: str) -> None:
         """The slot will not come back: its block is broken, its groups are free for others."""
-        self._note_fault(slot, f"slot given up: {reason}")
+        self._note_fault(slot, f"{GIVEN_UP}: {reason}")
         self.progress.say(f"{slot.slot_id} is out: {reason}")
         running, queued = slot.job, (*slot.jobs[1:], *self._queues.pop(slot.slot_id, ()))
         slot.give_up()

@@ -20,6 +20,7 @@ from orchestrator.durable import StoreError, StoreFull, store_error, sync_folder
 GROUP_RECORDS = 64
 GROUP_SECONDS = 0.08  # leaves 20 ms of the 100 for the fsync itself
 FULL_SECONDS = 1.0
+GIVEN_UP = "slot given up"  # how the reason of a fault begins that ends its slot
 
 Record = dict[str, Any]
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.durable import StoreError
-from orchestrator.journal import read_journal
+from orchestrator.journal import GIVEN_UP, read_journal
 from orchestrator.progress import duration
 from tasks.uri import JOURNAL, RemoteFolder, is_uri, journal_segments, local_folder
 
@@ -129,6 +129,8 @@ def read_state(path: Path, directory: str) -> State:
                     block["done"] += block["block_id"] == record["row"].get("block_id")
             case "fault":
                 state.faults.append(f"{record['slot']}: {record['reason']}")
+                if record["reason"].startswith(GIVEN_UP):
+                    blocks.pop(record["slot"], None)
             case "end":
                 state.ended = f"{record['written_at']}, status {record['status']}"
     for slot, block in blocks.items():
