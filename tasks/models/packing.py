@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tasks.cell import ModelSpec
@@ -52,6 +53,7 @@ def packing_of(config: dict[str, Any]) -> Packing | None:
     )
 
 
+@cache
 def quantized_already(model: ModelSpec) -> Packing | None:
     """How the model was published quantized, where its configuration is at hand."""
     try:

@@ -118,8 +118,10 @@ class TestRefusal:
         how = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "checkpoint_format": "gptq"}
 
         def model(**changes: Any) -> ModelSpec:
-            (tmp_path / "config.json").write_text(json.dumps({**SMALL, "quantization_config": {**how, **changes}}))
-            return ModelSpec(id="mine", source="path", reference=str(tmp_path), kind="language")
+            folder = tmp_path / ("-".join(changes) or "published")  # a checkpoint's packing is read once
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({**SMALL, "quantization_config": {**how, **changes}}))
+            return ModelSpec(id="mine", source="path", reference=str(folder), kind="language")
 
         assert self.reason(bench, "gptq:group_size=64", model()) == ""
         assert "write gptq:bits=4,group_size=64" in self.reason(bench, "gptq", model())
