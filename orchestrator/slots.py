@@ -117,12 +117,12 @@ class BenchSlot:
 
     def queued(self) -> bool:
         """Whether Ray has not created the actor because something else holds the node's accelerators."""
-        from ray._private import state  # no public interface tells this without the dashboard
-
         try:
+            from ray._private import state  # no public interface tells this without the dashboard
+
             free = state.available_resources_per_node().get(self.node.node_id, {})
             pending = state.actors(self.actor._actor_id.hex())["State"] == "PENDING_CREATION"
-        except Exception:  # another version of Ray
+        except Exception:  # another version of Ray, whose insides differ: then it is overdue like any other
             return False
         return self.uses_accelerator and pending and free.get("GPU", 0) < 1
 

@@ -117,6 +117,7 @@ class SweepWork:
         messages = unplaced_messages(placed)
         messages += without_harness(self._settings.sweep.quality, devices_of(newcomers))
         if groups:
+            self._worths.clear()  # a group may have more cells now
             ledger = self._decide(groups, self._settings.retry)
             self.reused_runs += ledger.done_runs
             messages += [text] if (text := ledger.history()) else []

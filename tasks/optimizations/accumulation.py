@@ -56,7 +56,8 @@ class Accumulation(Optimization):
             tolerance = min(ROUNDED if half else EXACT, lost)
             if difference is not None and difference > tolerance and has_fp32_twin(session):
                 facts["gradient_rounding"] = rounding = gradient_rounding(session, compared)
-                tolerance = min(max(tolerance, 2 * rounding), lost)  # either side is rounded
+                if rounding is not None:
+                    tolerance = min(max(tolerance, 2 * rounding), lost)  # either side is rounded
             facts["gradient_tolerance"] = tolerance
             ok = difference is not None and difference <= tolerance
             if batch_norms(session.model):
@@ -120,8 +121,8 @@ def has_fp32_twin(session: Session) -> bool:
     return session.settings.autocast is not None and floating == {torch.float32}
 
 
-def gradient_rounding(session: Session, parts: int) -> float:
-    """Relative distance of the whole batch's gradient under autocast from that in fp32; 0 where that does not fit."""
+def gradient_rounding(session: Session, parts: int) -> float | None:
+    """Relative distance of the whole batch's gradient under autocast from that in fp32; None if it does not fit."""
     import torch
 
     step: Any = session.step
@@ -134,8 +135,8 @@ def gradient_rounding(session: Session, parts: int) -> float:
         if not out_of_memory(error):
             raise
         step.optimizer.zero_grad(set_to_none=True)
-        return 0.0
-    return _distance(rounded, exact) or 0.0
+        return None
+    return _distance(rounded, exact)
 
 
 def _difference(session: Session, parts: Sequence[Any], whole: Any) -> float | None:
