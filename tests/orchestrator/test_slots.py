@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ def node(cluster: Any) -> Iterator[Node]:
     with connect(cluster.address):
         inventory = Inventory()
         inventory.settle()
-        yield next(node for node in inventory.nodes.values() if node.accelerators)
+        deadline = time.monotonic() + 60
+        while not (found := [node for node in inventory.nodes.values() if node.accelerators]):
+            assert time.monotonic() < deadline, "the node has not joined"
+            time.sleep(0.2)
+            inventory.refresh()
+        yield found[0]
 
 
 def slot(node: Node, device: Any, folder: Path) -> BenchSlot:
