@@ -52,6 +52,7 @@ def test_one_process_of_a_machine_has_a_name() -> None:
     again.close()
 
 
+@pytest.mark.slow  # Ray keeps the first token that a process has seen: the fast tests use Ray without
 def test_two_drivers_do_not_measure_on_one_cpu(node: Node, tmp_path: Path) -> None:
     first, second = (slot(node, node.devices[-1], tmp_path) for _ in range(2))
     first.start()
@@ -64,6 +65,7 @@ def test_two_drivers_do_not_measure_on_one_cpu(node: Node, tmp_path: Path) -> No
     second.kill()
 
 
+@pytest.mark.slow
 def test_an_accelerator_that_others_hold_is_queued_for(node: Node, tmp_path: Path) -> None:
     import ray
 
