@@ -1,41 +1,46 @@
 """Our rows beside the figures of `independent_gpu.py`: median device time and peak memory, and how far they differ.
 
-python benchmarks/compare_independent.py RESULTS... independent.json
+python benchmarks/compare_independent.py RESULTS... independent.json...
 
 Steps that wait for their launches are as fast as the host's clock, which a shared host changes from minute to minute:
-for `launch_bound` cells both sides are also compared in units of the loop that each timed beside them.
+for `launch_bound` cells both sides are also compared in units of the loop that each timed beside them. Of several runs of
+the script the medians are compared, and how far they differ among themselves is shown.
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 from analysis.load import load
 
 
 def main() -> None:
-    *folders, path = sys.argv[1:]
-    theirs = json.loads(Path(path).read_text())
-    frame = load([Path(folder) for folder in folders])
+    scripts = [json.loads(Path(path).read_text()) for path in sys.argv[1:] if path.endswith(".json")]
+    frame = load([Path(folder) for folder in sys.argv[1:] if not folder.endswith(".json")])
     frame = frame[frame["outcome"] == "ok"]
     print(
-        "| cell | ours ms | independent ms | differs | in host loops | ours peak MB | independent peak MB | differs |"
+        "| cell | ours ms | independent ms | its runs differ by | differs | in host loops "
+        "| ours peak MB | independent peak MB | differs |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for (kind, length, stack), rows in frame.groupby(["workload", "sequence_length", "optimization"]):
-        other = theirs.get(f"{kind}|{length}|{stack}")
-        if other is None:
+        others = [script[name] for script in scripts if (name := f"{kind}|{length}|{stack}") in script]
+        if not others:
             continue
         column = "latency_ms_p50" if kind == "decode" else "device_ms_p50"
         ours, peak = rows[column].median(), rows["peak_allocated_bytes"].median()
-        bound = all("launch_bound" in flags for flags in rows["flags"])
+        theirs = [other["ms"] for other in others]
+        their_peak = median(other["peak_bytes"] for other in others)
+        spread = f"{max(theirs) / min(theirs) - 1:.1%}" if len(theirs) > 1 else ""
         loops = ""
-        if bound and "host_loop_ms" in other:
-            ratio = (rows[column] / rows["host_loop_ms"]).median() / (other["ms"] / other["host_loop_ms"])
-            loops = f"{ratio - 1:+.1%}"
+        if any("launch_bound" in flags for flags in rows["flags"]) and all("host_loop_ms" in other for other in others):
+            ratio = (rows[column] / rows["host_loop_ms"]).median()
+            loops = f"{ratio / median(other['ms'] / other['host_loop_ms'] for other in others) - 1:+.1%}"
         print(
-            f"| {kind} {length} {stack} | {ours:.4f} | {other['ms']:.4f} | {ours / other['ms'] - 1:+.1%} | {loops} "
-            f"| {peak / 1e6:,.1f} | {other['peak_bytes'] / 1e6:,.1f} | {peak / other['peak_bytes'] - 1:+.1%} |"
+            f"| {kind} {length} {stack} | {ours:.4f} | {median(theirs):.4f} | {spread} "
+            f"| {ours / median(theirs) - 1:+.1%} | {loops} "
+            f"| {peak / 1e6:,.1f} | {their_peak / 1e6:,.1f} | {peak / their_peak - 1:+.1%} |"
         )
 
 

@@ -1,9 +1,9 @@
 """An independent check of our figures on one CUDA GPU: plain PyTorch and CUDA events, nothing of this project.
 
-    python benchmarks/independent_gpu.py independent.json [attention] [llama]
+    python benchmarks/independent_gpu.py independent.json [attention] [llama] [fp32] [fp16] [bf16]
 
 Times what the shipped sweeps `llama-1b` and `attention` time, in the plainest way, so that the two can be laid side by
-side with `benchmarks/compare_independent.py RESULTS independent.json`.
+side with `benchmarks/compare_independent.py RESULTS independent.json`. A precision stands for that part of `llama`.
 """
 
 import gc
@@ -124,11 +124,11 @@ def measured(call, inner, waiting=0):
     return {**events(call, 40, inner), "peak_bytes": torch.cuda.max_memory_allocated() - waiting}
 
 
-def llama(dtype, implementation):
+def llama(dtype):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **LLAMA_1B)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def prefill(model):
@@ -203,19 +203,18 @@ def main():
                     results[f"attention|{length}|fp16+{kind}"] = attention(kind, length)
                     gc.collect()
                     torch.cuda.empty_cache()
-        if "llama" in wanted:
-            for name, dtype, implementation in (
-                ("fp32", torch.float32, None), ("fp16", torch.float16, None), ("bf16", torch.bfloat16, None),
-            ):  # fmt: skip
-                model = llama(dtype, implementation)
-                results[f"prefill|512|{name}"] = prefill(model)
-                results[f"decode|512|{name}"] = decode(model, None)
-                if name == "bf16":
-                    results["decode|512|bf16+static-cache"] = decode(model, False)
-                    results["decode|512|bf16+static-cache+compile:mode=reduce-overhead"] = decode(model, True)
-                del model
-                gc.collect()
-                torch.cuda.empty_cache()
+        for name in ("fp32", "fp16", "bf16"):
+            if not {"llama", name} & set(wanted):
+                continue
+            model = llama({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name])
+            results[f"prefill|512|{name}"] = prefill(model)
+            results[f"decode|512|{name}"] = decode(model, None)
+            if name == "bf16":
+                results["decode|512|bf16+static-cache"] = decode(model, False)
+                results["decode|512|bf16+static-cache+compile:mode=reduce-overhead"] = decode(model, True)
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ out=$1
 shift
 mkdir -p "$out"
 PYTHON=${PYTHON:-python}
+PAIRED=${PAIRED:-fp32|fp16|bf16|bf16+static-cache|bf16+static-cache+compile:mode=reduce-overhead}
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
 limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
@@ -40,6 +41,15 @@ for part in "$@"; do
         sweep "${LLAMA_S:-400}" llama-1b llama-1b
         limited 120 "$PYTHON" benchmarks/independent_gpu.py "$out/independent-llama.json" llama
         "$PYTHON" benchmarks/compare_independent.py "$out/llama-1b" "$out/independent-llama.json"
+        ;;
+    paired) # the plain script before and after every round: both have met the same clock of the host
+        mkdir -p "$out/paired"
+        for round in 0 1 2 3; do
+            ((round == 0)) || sweep 150 llama-1b "paired/$round" --set rounds=1 --only "optimization=$PAIRED"
+            # shellcheck disable=SC2046
+            limited 60 "$PYTHON" benchmarks/independent_gpu.py "$out/paired/$round.json" $(tr '|+' '\n ' <<<"$PAIRED" | grep -v ' ')
+        done
+        "$PYTHON" benchmarks/compare_independent.py "$out"/paired/[123] "$out"/paired/?.json
         ;;
     attention)
         sweep "${ATTENTION_S:-300}" attention attention --set scale=headline
