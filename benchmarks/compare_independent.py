@@ -3,8 +3,8 @@
 python benchmarks/compare_independent.py RESULTS... independent.json...
 
 Steps that wait for their launches are as fast as the host's clock, which a shared host changes from minute to minute:
-for `launch_bound` cells both sides are also compared in units of the loop that each timed beside them. Of several runs of
-the script the medians are compared, and how far they differ among themselves is shown.
+for `launch_bound` cells both sides are also compared in units of the loop that each timed beside them. Of several runs
+of the script the medians are compared, and how far they differ among themselves is shown.
 """
 
 import json
