@@ -132,33 +132,55 @@ def llama(dtype):
 
 
 def prefill(model):
+    """One prompt through the model; call it again and again."""
     ids = [torch.randint(0, 128256, (1, 512), device="cuda") for _ in range(8)]
     turn = iter(range(10**9))
 
     def call():
         return model(input_ids=ids[next(turn) % 8], use_cache=True, logits_to_keep=1).logits
 
-    return measured(call, 4)  # queued, so that the device does not wait for the first launch of each
+    return call
 
 
-def decode(model, compiled):
-    prompt = torch.randint(0, 128256, (1, 512), device="cuda")
+class Decode:
+    """Greedy decoding of one sequence; `static` or growing cache, the static one's step `compiled` or not."""
 
-    def one(ids, cache):
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+    def __init__(self, model, static=False, compiled=False):
+        self.model = model
+        self.prompt = torch.randint(0, 128256, (1, 512), device="cuda")
+        self.step = torch.compile(self.one, mode="reduce-overhead") if compiled else self.one
+        self.cache = StaticCache(config=model.config, max_cache_len=512 + NEW_TOKENS) if static else None
+        self.current = torch.zeros((1, 1), dtype=torch.long, device="cuda")
 
-    step = torch.compile(one, mode="reduce-overhead") if compiled else one
-    static = compiled is not None
-    cache = StaticCache(config=model.config, max_cache_len=512 + NEW_TOKENS) if static else None
-    current = torch.zeros((1, 1), dtype=torch.long, device="cuda")
+    def one(self, ids, cache):
+        return (
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        )
+
+    def start(self):
+        if isinstance(self.cache, StaticCache):
+            self.cache.reset()
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+        self.current.copy_(self.one(self.prompt, self.cache).unsqueeze(1))
+        torch.cuda.synchronize()
+
+    def token(self):
+        torch.compiler.cudagraph_mark_step_begin()
+        self.current.copy_(self.step(self.current, self.cache).unsqueeze(1))
+
+    def token_ms(self):
+        """Milliseconds of a token that is waited for."""
+        before = time.perf_counter()
+        self.token()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - before) * 1e3
+
+
+def decode(plain):
     groups, rates = [], []
     for request in range(6):
-        if static:
-            cache.reset()
-        else:
-            cache = DynamicCache(config=model.config)
-        current.copy_(one(prompt, cache).unsqueeze(1))
-        torch.cuda.synchronize()
+        plain.start()
         if request == 3:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -166,12 +188,10 @@ def decode(model, compiled):
             if token % 9 == 0:
                 os.sched_setaffinity(0, {CPUS[(5 * request + token) % len(CPUS)]})
                 groups.append((host_loop_ms(), []))
-            torch.compiler.cudagraph_mark_step_begin()
-            before = time.perf_counter()
-            current.copy_(step(current, cache).unsqueeze(1))
             if request % 2:
-                torch.cuda.synchronize()
-                groups[-1][1].append((time.perf_counter() - before) * 1e3)
+                groups[-1][1].append(plain.token_ms())
+            else:
+                plain.token()
         torch.cuda.synchronize()
         if request < 2:
             groups.clear()
@@ -207,11 +227,14 @@ def main():
             if not {"llama", name} & set(wanted):
                 continue
             model = llama({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name])
-            results[f"prefill|512|{name}"] = prefill(model)
-            results[f"decode|512|{name}"] = decode(model, None)
+            # four calls queued, so that the device does not wait for the first launch of each
+            results[f"prefill|512|{name}"] = measured(prefill(model), 4)
+            results[f"decode|512|{name}"] = decode(Decode(model))
             if name == "bf16":
-                results["decode|512|bf16+static-cache"] = decode(model, False)
-                results["decode|512|bf16+static-cache+compile:mode=reduce-overhead"] = decode(model, True)
+                results["decode|512|bf16+static-cache"] = decode(Decode(model, static=True))
+                results["decode|512|bf16+static-cache+compile:mode=reduce-overhead"] = decode(
+                    Decode(model, static=True, compiled=True)
+                )
             del model
             gc.collect()
             torch.cuda.empty_cache()

@@ -61,6 +61,9 @@ for part in "$@"; do
         sweep "${AA_S:-240}" aa-gpu aa-gpu-2
         "$PYTHON" benchmarks/repeatability.py "$out/aa-gpu-1" "$out/aa-gpu-2"
         ;;
+    in-turn)
+        limited 260 "$PYTHON" benchmarks/in_turn.py --pairs "${PAIRS:-12}"
+        ;;
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
