@@ -47,6 +47,7 @@ class Settings:
     offload: Any = None  # where such weights are, for the technique that put them there
     optimizer: Callable[[list[Any], float], Any] | None = None  # (parameters, learning rate) -> optimizer, else AdamW
     micro_batches: int = 1  # training: forward and backward passes per optimizer step
+    replays: bool = False  # compiled code runs as CUDA graphs, whose outputs the next replay overwrites
 
 
 @dataclass(kw_only=True)

@@ -53,6 +53,7 @@ class Compile(Optimization):
 
     def apply(self, technique: Technique, session: Session) -> None:
         session.settings.compile = arguments(technique)
+        session.settings.replays = session.on_cuda and option(technique, "mode") in CUDA_GRAPHS
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
         """Every timed segment of a call runs compiled code of the step, and the options had their effects.

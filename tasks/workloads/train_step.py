@@ -151,9 +151,16 @@ class TrainingStep(Step):
                 loss = self._loss(part)
             loss = loss / len(parts) if len(parts) > 1 else loss
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            if total is None and len(parts) > 1 and self._session.settings.replays:
+                self._own_gradients()  # the next replay would overwrite the first ones before the second are added
             # a copy: the output of a CUDA graph is overwritten by its next replay
             total = loss.detach().clone() if total is None else total + loss.detach()
         return total
+
+    def _own_gradients(self) -> None:
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     @contextmanager
     def unrounded(self) -> Iterator[None]:

@@ -213,6 +213,37 @@ class TestAccumulation:
             assert not evidence.ok
             assert evidence.facts["gradient_difference"] > 0.05
 
+    @pytest.mark.parametrize("replays", [True, False])
+    def test_first_gradients_survive_the_next_replay(self, bench: Any, replays: bool) -> None:
+        """A CUDA graph writes the gradients of every micro-batch to the same addresses."""
+        with bench.live(job_for(bench, "fp32+accumulation:micro_batches=4"), calls=1) as session:
+            step, honest = session.step, session.step._loss
+            session.settings.replays = replays
+            outputs: list[Any] = []
+            forwards = 0
+
+            def replay(part: Any) -> Any:
+                nonlocal forwards
+                forwards += 1
+                for gradient in outputs:
+                    gradient.fill_(1.0)
+                outputs.clear()
+                return honest(part)
+
+            def look(parameter: Any) -> None:
+                if forwards == 1:
+                    outputs.append(parameter.grad)
+
+            hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in step.trained]
+            step._loss = replay
+            found = accumulation._on_the_host(step.gradients(step.micro_batches()))
+            for hook in hooks:
+                hook.remove()
+            difference = accumulation._distance(found, step.gradients([step.whole(4)]))
+        assert forwards == 5
+        assert difference is not None
+        assert (difference < accumulation.EXACT) == replays
+
     def test_half_as_many_are_compared_where_memory_is_short(self, bench: Any) -> None:
         import torch
 
