@@ -2,9 +2,9 @@
 
 python benchmarks/compare_independent.py RESULTS... independent.json...
 
-Steps that wait for their launches are as fast as the host's clock, which a shared host changes from minute to minute:
-for `launch_bound` cells both sides are also compared in units of the loop that each timed beside them. Of several runs
-of the script the medians are compared, and how far they differ among themselves is shown.
+Of several runs of the script the medians are compared, and how far they differ among themselves is shown: steps that
+wait for their launches are as fast as the host's clock, which a shared host changes from minute to minute. Then
+`in_turn.py` decides.
 """
 
 import json
@@ -20,10 +20,9 @@ def main() -> None:
     frame = load([Path(folder) for folder in sys.argv[1:] if not folder.endswith(".json")])
     frame = frame[frame["outcome"] == "ok"]
     print(
-        "| cell | ours ms | independent ms | its runs differ by | differs | in host loops "
-        "| ours peak MB | independent peak MB | differs |"
+        "| cell | ours ms | independent ms | its runs differ by | differs | ours peak MB | independent peak MB | differs |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for (kind, length, stack), rows in frame.groupby(["workload", "sequence_length", "optimization"]):
         others = [script[name] for script in scripts if (name := f"{kind}|{length}|{stack}") in script]
         if not others:
@@ -33,13 +32,9 @@ def main() -> None:
         theirs = [other["ms"] for other in others]
         their_peak = median(other["peak_bytes"] for other in others)
         spread = f"{max(theirs) / min(theirs) - 1:.1%}" if len(theirs) > 1 else ""
-        loops = ""
-        if any("launch_bound" in flags for flags in rows["flags"]) and all("host_loop_ms" in other for other in others):
-            ratio = (rows[column] / rows["host_loop_ms"]).median()
-            loops = f"{ratio / median(other['ms'] / other['host_loop_ms'] for other in others) - 1:+.1%}"
         print(
             f"| {kind} {length} {stack} | {ours:.4f} | {median(theirs):.4f} | {spread} "
-            f"| {ours / median(theirs) - 1:+.1%} | {loops} "
+            f"| {ours / median(theirs) - 1:+.1%} "
             f"| {peak / 1e6:,.1f} | {their_peak / 1e6:,.1f} | {peak / their_peak - 1:+.1%} |"
         )
 

@@ -36,30 +36,17 @@ def median(values):
     return sorted(values)[len(values) // 2]
 
 
-def host_loop_ms():
-    """Milliseconds of a fixed loop on this CPU, the less of two: what a row's `host_loop_ms` holds of its CPUs."""
-    took = []
-    for _ in range(2):
-        began, total = time.perf_counter(), 0
-        for number in range(5_000):
-            total += number ^ 5
-        took.append(1e3 * (time.perf_counter() - began))
-    return min(took)
-
-
 def undisturbed(groups):
-    """Median of the samples from the CPUs on which they were fast, of all, and of the loop on the fast ones.
+    """Median of the samples from the CPUs on which they were fast, and of all.
 
     On a shared host a CPU may run at half its speed for a while; eager steps of small models wait for theirs. So the
-    samples are taken in groups, each launched from another CPU, and a group (the loop's time, samples) counts when its
-    median is within 10 % of the best one.
+    samples are taken in groups, each launched from another CPU, and a group counts when its median is within 10 % of
+    the best one.
     """
-    best = min(median(samples) for _, samples in groups)
-    quiet = [(loop, samples) for loop, samples in groups if median(samples) <= 1.1 * best]
+    best = min(median(samples) for samples in groups)
     return {
-        "ms": median([sample for _, samples in quiet for sample in samples]),
-        "ms_all": median([sample for _, samples in groups for sample in samples]),
-        "host_loop_ms": median([loop for loop, _ in quiet]),
+        "ms": median([sample for samples in groups if median(samples) <= 1.1 * best for sample in samples]),
+        "ms_all": median([sample for samples in groups for sample in samples]),
     }
 
 
@@ -75,7 +62,7 @@ def events(call, repeats, inner=1):
     for number in range(repeats):
         if number % 5 == 0:
             os.sched_setaffinity(0, {CPUS[number // 5 * 5 % len(CPUS)]})
-            groups.append((host_loop_ms(), []))
+            groups.append([])
             call()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -83,7 +70,7 @@ def events(call, repeats, inner=1):
             call()
         stop.record()
         stop.synchronize()
-        groups[-1][1].append(start.elapsed_time(stop) / inner)
+        groups[-1].append(start.elapsed_time(stop) / inner)
     return undisturbed(groups)
 
 
@@ -187,9 +174,9 @@ def decode(plain):
         for token in range(NEW_TOKENS - 1):
             if token % 9 == 0:
                 os.sched_setaffinity(0, {CPUS[(5 * request + token) % len(CPUS)]})
-                groups.append((host_loop_ms(), []))
+                groups.append([])
             if request % 2:
-                groups[-1][1].append(plain.token_ms())
+                groups[-1].append(plain.token_ms())
             else:
                 plain.token()
         torch.cuda.synchronize()
@@ -198,7 +185,7 @@ def decode(plain):
         elif request % 2 == 0:
             rates.append((NEW_TOKENS - 1) / (time.perf_counter() - began))
     return {
-        **undisturbed([(loop, samples[1:]) for loop, samples in groups if len(samples) > 3]),
+        **undisturbed([samples[1:] for samples in groups if len(samples) > 3]),
         "tokens_per_s": median(rates),
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
