@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import numbers, records
+from analysis.host_clock import with_one_host_clock
 from analysis.pair import KEY
 from analysis.table import Field, Table
 from analysis.verdicts import INDISTINGUISHABLE, verdicts
@@ -40,10 +41,12 @@ def controlled_stack(optimization: str) -> str | None:
 def gate(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     """One line per control: ratio to what it repeats, variation between rounds, and whether the gate is passed.
 
-    Columns: `GATE_COLUMNS`. `variation` is the greater of the two cells' coefficients of variation between rounds.
+    Columns: `GATE_COLUMNS`. `variation` is the greater of the two cells' coefficients of variation between rounds,
+    of `launch_bound` ones at one clock of their host (`analysis.host_clock`).
     """
     import pandas as pd
 
+    frame = with_one_host_clock(frame, metric)
     lines = []
     for control, repeated in _controls(frame):
         both = frame[frame["cell_id"].isin([control["cell_id"], repeated]) & (frame["outcome"] == Outcome.OK)]

@@ -15,6 +15,12 @@ they are worth:
   a pooled variance would be too small for it, and false differences come from the noisy stacks. Ten percent, not one:
   at 5 rounds a stack three times noisier then has 9 % false intervals instead of 16 %, and the price is only width.
 
+Steps that wait for their launches take as long as the host's clock lets them, and a shared host's moves by a tenth and
+more within minutes, also inside a block. Rows hold the time of a fixed loop on the CPU that fed the device
+(`host_loop_ms`), and on such hosts those steps follow it one to one (slope 0.9 to 1.2 between rounds of a cell), so
+their figures are compared at one clock where that at least halves the variance between rounds: a control variate, with
+the slope that physics gives and not one fitted to a few rounds.
+
 The fallback is the cell's own paired variance rather than Welch's unpaired one, which would count the block's drift.
 """
 
@@ -34,6 +40,7 @@ NOISIER_ALPHA = 0.10
 DEPARTS_Z = 1.645
 SHARED_BASELINE = 0.25
 NOISE_FLOOR = 1e-4  # no clock resolves less; keeps identical rounds from claiming certainty
+CLOCK_GAIN, CLOCK_DEGREES = 0.5, 4  # share of the variance that may be left, degrees of freedom to know it by
 FOUND_IN = 0.80  # the smallest detectable effect is found in this share of sweeps
 
 
@@ -62,6 +69,24 @@ class Judgement:
     direction: npt.NDArray[np.int64]
     equivalent: Bools
     mde: Floats
+
+
+def at_one_clock(logs: Floats, clocks: Floats, cells: npt.NDArray[np.int64]) -> tuple[Floats, Bools]:
+    """Logarithms of times (..., runs) of `cells` (runs,), brought to the median of `clocks`; and whether they were.
+
+    `clocks`: logarithm of what the host needed for a fixed piece of work during each run. They are used where the
+    variance within cells falls to half or less; leading axes are independent repetitions.
+    """
+    _, member, count = np.unique(cells, return_inverse=True, return_counts=True)
+    share = (member[:, None] == np.arange(count.size)[None, :]) / count
+    apart = (member[:, None] == np.arange(count.size)[None, :]).T
+
+    def within(values: Floats) -> Floats:
+        return np.asarray(((values - values @ share @ apart) ** 2).sum(axis=-1))
+
+    brought = logs - (clocks - np.median(clocks, axis=-1, keepdims=True))
+    used = (within(brought) <= CLOCK_GAIN * within(logs)) & (cells.size - count.size >= CLOCK_DEGREES)
+    return np.where(used[..., None], brought, logs), used
 
 
 def trigamma_inverse(y: Floats) -> Floats:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.inference import Floats, Judgement, judge, moderated_variance
+from analysis.inference import Floats, Judgement, at_one_clock, judge, moderated_variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Scenario:
     samples: int = 0  # per process; 0 takes the process's figure as known exactly
     correlation: float = 0.0  # AR(1) between samples
     sample_noise: float = 0.05
+    host_clock: float = 0.0  # that all steps wait for, and that differs by this much between processes
+    loop_noise: float = 0.005  # with which the host's clock is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ def differences(scenario: Scenario, repetitions: int, rng: np.random.Generator) 
     """Paired log-ratios, shape (repetitions, cells, rounds)."""
     runs = sum(size + 1 for size in scenario.sizes) * scenario.rounds
     spread = np.log(scenario.group_noise_range) / 2
-    parts = []
+    parts, clocks = [], []
     for group, size in enumerate(scenario.sizes):
         level = scenario.noise * np.exp(rng.uniform(-spread, spread, (repetitions, 1, 1)))
         noise = np.broadcast_to(level, (repetitions, size + 1, 1)).copy()
@@ -65,8 +67,25 @@ def differences(scenario: Scenario, repetitions: int, rng: np.random.Generator) 
         times += scenario.drift * (before[None, None, :] + order) / runs
         if scenario.samples:
             times += _median_error(scenario, shape, rng)
-        parts.append(times[:, 1:] - times[:, :1])
-    return np.concatenate(parts, axis=1)
+        if scenario.host_clock:
+            clock = scenario.host_clock * rng.standard_normal(shape)
+            times += clock
+            clocks.append(clock + scenario.loop_noise * rng.standard_normal(shape))
+        parts.append(times)
+    if scenario.host_clock:
+        parts = _at_one_clock(parts, clocks)
+    return np.concatenate([times[:, 1:] - times[:, :1] for times in parts], axis=1)
+
+
+def _at_one_clock(parts: list[Floats], clocks: list[Floats]) -> list[Floats]:
+    """Times of all groups, each (repetitions, cells, rounds), as verdicts compare them."""
+    times, known = np.concatenate(parts, axis=1), np.concatenate(clocks, axis=1)
+    repetitions, cells, rounds = times.shape
+    brought, _ = at_one_clock(
+        times.reshape(repetitions, -1), known.reshape(repetitions, -1), np.repeat(np.arange(cells), rounds)
+    )
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    return np.split(brought.reshape(times.shape), ends, axis=1)
 
 
 def _median_error(scenario: Scenario, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
@@ -123,6 +142,10 @@ def scenarios() -> list[Scenario]:
         ("one group of 19", {"sizes": (19,)}),
         ("one group of 3", {"sizes": (3,)}),
         ("one comparison", {"sizes": (1,)}),
+        ("host clock moves by 5 %", {"host_clock": 0.05}),
+        ("the same, one comparison", {"host_clock": 0.05, "sizes": (1,)}),
+        ("host clock known as badly", {"host_clock": 0.01, "loop_noise": 0.01}),
+        ("the same, one comparison", {"host_clock": 0.01, "loop_noise": 0.01, "sizes": (1,)}),
     ]
     return [
         Scenario(name=name, rounds=rounds, **options)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from analysis.break_even import with_break_even
 from analysis.fits import LEGEND as LEGEND_FITS
 from analysis.fits import fits
 from analysis.frames import column, numbers, records
+from analysis.host_clock import COMPARED, COMPARED_LOOP, CORRECTED, host_loops
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
 from analysis.verdicts import verdicts
@@ -15,7 +16,7 @@ from tasks.cell import NO_MODEL
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import pandas as pd
 
@@ -36,6 +37,11 @@ LEGEND_DECODE = (
     "speed-up when decoding: of whole requests, where nothing waits for a single token (throughput); latency: of a "
     "token that is waited for."
 )
+LEGEND_HOST = (
+    "speed-up at one host clock: steps that wait for their launches are as fast as the host's CPU, whose clock moved "
+    "between rounds; it was measured beside them and taken out of the ratio, not out of the times shown."
+)
+HOST_NOTE = "speed-up at one host clock"
 QUALITY = (("kl_divergence", "KL"), ("perplexity", "ppl"), ("accuracy", "accuracy"), ("top1_agreement", "top-1"))
 _NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
@@ -43,7 +49,6 @@ _NUMBERS = (
     "top1_agreement", "mbu", "mfu", "graph_breaks", "recompilations", "device_fraction", "offload_bytes_per_token",
     "request_ms_mean", "kv_cache_bytes", "kv_cache_bytes_per_token", "stop_check_ms", "stop_check_hidden_share",
 )  # fmt: skip
-COMPARED = "compared_ms"
 _COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")
 
 
@@ -116,6 +121,7 @@ def comparison_table(
         footnotes=(
             *((LEGEND_INTERVAL, LEGEND_VERDICT) if any(field.form == "verdict" for field in shown) else ()),
             *((LEGEND_DECODE,) if decodes else ()),
+            *_legend_host(table["notes"]),
             *((LEGEND_BREAK_EVEN,) if any(field.header == "compile s" for field in shown) else ()),
             *((LEGEND_FITS,) if on_cards else ()),
         ),
@@ -166,17 +172,19 @@ def tradeoff_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0
         fields=_present(wide, fields),
         sections=("model", "workload_point"),
         notes="notes",
-        footnotes=(LEGEND_MARKS,),
+        footnotes=(LEGEND_MARKS, *_legend_host(notes.values())),
     )
 
 
 def with_compared_time(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the time that speed-ups compare, in ms, as the column `COMPARED`."""
+    """The frame with the time that speed-ups compare, in ms, and the host's loop of its pass, as two more columns."""
     import pandas as pd
 
     latency, rate = numbers(frame, "latency_ms_p50"), numbers(frame, "throughput_per_s")
-    compared = latency.mask(_decodes(frame) & (rate > 0), 1e3 / rate)
-    return pd.concat([frame, compared.rename(COMPARED)], axis=1)
+    by_rate = _decodes(frame) & (rate > 0)
+    compared = latency.mask(by_rate, 1e3 / rate)
+    loop = host_loops(frame, "latency_ms_p50").mask(by_rate, host_loops(frame, "throughput_per_s"))
+    return pd.concat([frame, compared.rename(COMPARED), loop.rename(COMPARED_LOOP)], axis=1)
 
 
 def _decodes(frame: pd.DataFrame) -> pd.Series[bool]:
@@ -247,7 +255,13 @@ def _notes(row: dict[str, Any], flags: bool = True) -> list[str]:
             notes.append(f"no verdict: {', '.join(barred)}")
         elif row["left_out"] == row["left_out"] and row["left_out"] > 0:
             notes.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
+        if row[CORRECTED] is True:
+            notes.append(HOST_NOTE)
     return notes
+
+
+def _legend_host(notes: Iterable[list[str]]) -> tuple[str, ...]:
+    return (LEGEND_HOST,) if any(note.endswith(HOST_NOTE) for found in notes for note in found) else ()
 
 
 def _interval(name: str) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.frames import records
+from analysis.host_clock import CORRECTED, HIGHER_IS_BETTER, with_one_host_clock
 from analysis.inference import MARGIN, Variance, judge, moderated_variance
 from analysis.pair import KEY, cells, pairs
 from tasks.row import Outcome
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 _Line = dict[str, Any]
 
 FASTER, SLOWER, INDISTINGUISHABLE = "faster", "slower", "indistinguishable"
-HIGHER_IS_BETTER = frozenset({"throughput_per_s"})
 
 
 def verdicts(
@@ -40,6 +40,7 @@ def verdicts(
         degrees, own_variance: of the t-distribution; whether the cell's own rounds alone gave the variance
         barred: why there is no verdict, a list
         left_out: pairs not used, because a flag bars them
+        host_clock: the ratio is at one clock of the host, see `analysis.host_clock`
 
     Pairs that a flag bars are left out while more than half of them, and at least two, remain; otherwise all are used
     and the verdict is barred.
@@ -51,6 +52,8 @@ def verdicts(
     """
     import pandas as pd
 
+    frame = with_one_host_clock(frame, metric)
+    corrected = set(frame.loc[frame[CORRECTED], KEY].itertuples(index=False, name=None))
     by_cell = {key: group for key, group in pairs(frame, metric).groupby(KEY, sort=False)}  # noqa: C416
     summaries = {(row["result_dir"], row["cell_id"]): row for row in records(cells(frame))}
     lines = []
@@ -58,7 +61,8 @@ def verdicts(
         if not isinstance(row["baseline_id"], str) or row["cell_id"] == row["baseline_id"]:
             continue
         baseline = summaries.get((row["result_dir"], row["baseline_id"]))
-        lines.append(_line(row, baseline, by_cell.get(key), metric, floor))
+        host_clock = not corrected.isdisjoint({key, (row["result_dir"], row["baseline_id"])})
+        lines.append({**_line(row, baseline, by_cell.get(key), metric, floor), CORRECTED: host_clock})
     result = pd.DataFrame(lines, columns=_COLUMNS)
     _fill(result, metric)
     return result.drop(columns=_INTERNAL)
@@ -67,7 +71,7 @@ def verdicts(
 _INTERNAL = ["pool", "group_id", "log_mean", "log_variance", "floor", "widened"]
 _COLUMNS = [
     "result_dir", "cell_id", "baseline_id", "metric", "rounds", "ratio", "lo", "hi", "p", "p_holm", "verdict",
-    "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", *_INTERNAL,
+    "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", CORRECTED, *_INTERNAL,
 ]  # fmt: skip
 
 

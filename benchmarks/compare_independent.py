@@ -19,9 +19,7 @@ def main() -> None:
     scripts = [json.loads(Path(path).read_text()) for path in sys.argv[1:] if path.endswith(".json")]
     frame = load([Path(folder) for folder in sys.argv[1:] if not folder.endswith(".json")])
     frame = frame[frame["outcome"] == "ok"]
-    print(
-        "| cell | ours ms | independent ms | its runs differ by | differs | ours peak MB | independent peak MB | differs |"
-    )
+    print("| cell | ours ms | script ms | its runs differ by | differs | ours peak MB | script peak MB | differs |")
     print("|---|---|---|---|---|---|---|---|")
     for (kind, length, stack), rows in frame.groupby(["workload", "sequence_length", "optimization"]):
         others = [script[name] for script in scripts if (name := f"{kind}|{length}|{stack}") in script]

@@ -116,11 +116,15 @@ class Conditions:
         facts = fingerprint(self._session.gpu)
         environment = json.loads(facts.pop("environment", "{}"))
         row.flag(*self._foreign)
-        row.set(host_loop_ms=Missing(reason="cpu"))
+        row.set(host_loop_ms=Missing(reason="cpu"), host_loop_throughput_ms=Missing(reason="cpu"))
         feeder = self._session.feeder
         if feeder.choices:
             environment["fed_from"] = feeder.to_dict()
             row.set(host_loop_ms=1e3 * feeder.seconds)
+            timings = self._session.timings
+            seconds = timings.throughput.host_loop_s if timings else None
+            looked = Missing(reason="no_look") if seconds is None else 1e3 * seconds
+            row.set(host_loop_throughput_ms=looked)
         if self._report is not None:
             environment["interference"] = self._report.to_dict()
             row.flag(*self._report.flags)

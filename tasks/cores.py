@@ -61,6 +61,15 @@ class Feeder:
         """Of the loop on the CPUs that it sat on: the median over all looks."""
         return median(self._seen)
 
+    @property
+    def looks(self) -> int:
+        """Taken so far."""
+        return len(self._seen)
+
+    def seconds_since(self, looks: int) -> float | None:
+        """The same over the looks after the first `looks`; None where there was none."""
+        return median(self._seen[looks:]) if len(self._seen) > looks else None
+
     @contextmanager
     def seated(self) -> Iterator[None]:
         """On the fastest CPU while this is open; afterwards wherever the process may run."""

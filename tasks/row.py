@@ -128,6 +128,7 @@ ENVIRONMENT = (
         ("power_limit_w", "enforced power limit"),
         ("sm_clock_mhz_median", "median SM clock while measuring"),
         ("host_loop_ms", "a fixed loop on the CPU that fed the device, median while measuring: the host's speed"),
+        ("host_loop_throughput_ms", "the same over the throughput pass alone"),
         ("temperature_c_start", "device temperature when measuring began"),
         ("temperature_c_end", "device temperature when measuring ended"),
     ),

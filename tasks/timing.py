@@ -44,6 +44,7 @@ class Throughput:
     seconds: float = 0.0
     calls: int = 0
     calls_ms: list[float] = field(default_factory=list)  # whole calls, set-up left out, of steps with boundaries
+    host_loop_s: float | None = None  # of the feeder's loop meanwhile
 
     @property
     def per_s(self) -> float | None:
@@ -194,6 +195,7 @@ class Passes:
         """Chunks of whole calls; the energy meter, if any, decides when it is enough."""
         profile = self.session.profile
         self._chunk_calls = max(1, round(CHUNK_S / max(self._seconds_per_call, 1e-6)))
+        looks = self.feeder.looks
         if self.session.meter is not None:
             self.timings.energy = self.session.meter(self._chunk)
         began = time.perf_counter()
@@ -202,6 +204,7 @@ class Passes:
             and self.timings.throughput.seconds < profile.throughput_s
         ):
             self._chunk()
+        self.timings.throughput.host_loop_s = self.feeder.seconds_since(looks)
         self.timings.after = compilation()
 
     def _chunk(self) -> float:

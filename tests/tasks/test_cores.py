@@ -36,6 +36,20 @@ def test_sits_on_the_fastest_and_leaves_it(eight: None) -> None:
     assert host.seats[-1] == set(range(8))
 
 
+def test_median_of_the_looks_of_one_pass(eight: None) -> None:
+    host = Host({cpu: 2.0 for cpu in range(8) if cpu != 5})
+    feeder = host.feeder()
+    with feeder.seated():
+        looks = feeder.looks
+        assert feeder.seconds_since(looks) is None
+        host.slow[5] = 1.2  # the clock falls by less than what makes it choose again
+        for _ in range(3):
+            host.now += LOOK_EVERY_S
+            feeder.look()
+        assert feeder.seconds_since(looks) == pytest.approx(0.0012)
+        assert feeder.looks == looks + 3
+
+
 def test_moves_when_its_cpu_has_become_slow(eight: None) -> None:
     host = Host({cpu: 2.0 for cpu in range(8) if cpu != 5})
     feeder = host.feeder()

@@ -22,6 +22,7 @@ from tasks.row import ENVIRONMENT, Row
 OTHERS_FILL = {
     "device_kind",
     "host_loop_ms",
+    "host_loop_throughput_ms",
     "process_kind",
     "profile",
     "sm_clock_mhz_median",
