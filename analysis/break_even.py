@@ -38,7 +38,8 @@ def with_break_even(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     """`table` (a line per cell with its median `latency_ms_p50`) with `cold_compile_s` and `break_even_calls`.
 
     The compiler's seconds are those of the slowest measured round: later rounds find the first one's cache. The
-    partner is the same stack without compilation in the same model, workload point and hardware.
+    partner is the same stack without compilation in the same model, workload point and hardware. Where the ratios to
+    the baseline, if the table has them, say that the partner is not slower, nothing is won back.
     """
     table = table.copy()
     measured = frame[(frame["outcome"] == Outcome.OK).fillna(False) & (numbers(frame, "graphs_compiled") > 0)]
@@ -48,12 +49,16 @@ def with_break_even(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     places = list(zip(table["result_dir"], table["model"], table["workload_point"], table["hardware"], strict=True))
     latency = [float(value) for value in numbers(table, "latency_ms_p50")]
     known = dict(zip(zip(places, table["optimization"], strict=True), latency, strict=True))
-    table["break_even_calls"] = [
-        _calls(seconds, known.get((place, uncompiled(str(stack))), math.nan), own)
-        for place, stack, seconds, own in zip(
-            places, table["optimization"], table["cold_compile_s"], latency, strict=True
-        )
-    ]
+    ratio = [float(value) for value in numbers(table, "ratio").mask(table["is_baseline"], 1.0)]
+    ratios = dict(zip(zip(places, table["optimization"], strict=True), ratio, strict=True))
+    calls = []
+    for place, stack, seconds, own, own_ratio in zip(
+        places, table["optimization"], table["cold_compile_s"], latency, ratio, strict=True
+    ):
+        partner = (place, uncompiled(str(stack)))
+        slower = own_ratio >= ratios.get(partner, math.nan)
+        calls.append(math.nan if slower else _calls(seconds, known.get(partner, math.nan), own))
+    table["break_even_calls"] = calls
     return table
 
 

@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import numbers, records
-from analysis.host_clock import with_one_host_clock
 from analysis.pair import KEY
 from analysis.table import Field, Table
 from analysis.verdicts import INDISTINGUISHABLE, verdicts
@@ -41,12 +40,10 @@ def controlled_stack(optimization: str) -> str | None:
 def gate(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     """One line per control: ratio to what it repeats, variation between rounds, and whether the gate is passed.
 
-    Columns: `GATE_COLUMNS`. `variation` is the greater of the two cells' coefficients of variation between rounds,
-    of `launch_bound` ones at one clock of their host (`analysis.host_clock`).
+    Columns: `GATE_COLUMNS`. `variation` is the greater of the two cells' coefficients of variation between rounds.
     """
     import pandas as pd
 
-    frame = with_one_host_clock(frame, metric)
     lines = []
     for control, repeated in _controls(frame):
         both = frame[frame["cell_id"].isin([control["cell_id"], repeated]) & (frame["outcome"] == Outcome.OK)]
@@ -130,7 +127,7 @@ def gate_table(frame: pd.DataFrame) -> Table:
     lines = gate(frame)
     lines["is_baseline"] = False
     lines["gate"] = ["passed" if passed else "failed" for passed in lines["passed"]]
-    lines["notes"] = [[why] if why else [] for why in lines["why"]]
+    lines["notes"] = [[why] if isinstance(why, str) else [] for why in lines["why"]]
     return Table(
         title="A/A gate",
         frame=lines,

@@ -1,11 +1,10 @@
-"""Figures that waited for the host, brought to one clock of it (`analysis.inference.at_one_clock` has the reasons)."""
+"""Pairs of which a side waited for the host, at one clock of it (`analysis.inference.at_one_clock` has the reasons)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from analysis.frames import column, numbers
-from analysis.pair import KEY
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ HIGHER_IS_BETTER = frozenset({"throughput_per_s"})
 COMPARED, COMPARED_LOOP = "compared_ms", "compared_host_loop_ms"  # see `analysis.tables.with_compared_time`
 LOOPS = {"throughput_per_s": "host_loop_throughput_ms", COMPARED: COMPARED_LOOP}
 WAITED = "launch_bound"  # the flag of rows whose device waited for its launches
-CORRECTED = "host_clock"
 POOL = ("result_dir", "sweep", "hardware", "hostname", "workload")
 
 
@@ -28,36 +26,46 @@ def host_loops(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
     return loop
 
 
-def with_one_host_clock(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The frame with `metric` of rows flagged `launch_bound` at the median clock of their host in their sweep.
+def clocks(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Per row, the logarithm of its host's loop over the median one of that host in that sweep and workload.
 
-    The column `host_clock` says which figures were changed: those of a host, sweep and workload where that halves the
-    variance between rounds at least. CPU rows, rows without `host_loop_ms` and those that waited for the device stay.
-
-    Args:
-        frame: rows as `load` gives them.
-        metric: a time, or `throughput_per_s`.
+    Zero for cells of which at most half of the rounds are flagged `launch_bound`: they follow the device. NaN where
+    such a cell has no loop beside it, as on CPUs.
     """
     import numpy as np
     import pandas as pd
 
+    rows = pd.DataFrame({name: column(frame, name).astype("string").to_numpy() for name in (*POOL, "cell_id")})
+    ok = (frame["outcome"] == Outcome.OK).fillna(False).to_numpy(dtype=bool)
+    flagged = np.array([WAITED in list(flags) for flags in frame["flags"]], dtype=bool)
+    share = pd.Series(np.where(ok, flagged, np.nan)).groupby([rows["result_dir"], rows["cell_id"]]).transform("mean")
+    waited = (share > 0.5).to_numpy(dtype=bool)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loop = pd.Series(np.where(waited & ok, np.log(host_loops(frame, metric).to_numpy()), np.nan))
+    middle = loop.groupby([rows[name] for name in POOL], dropna=False).transform("median")
+    return pd.Series(np.where(waited, loop - middle, 0.0), index=frame.index)
+
+
+def at_one_host_clock(pairs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Pairs with `log_ratio` at one clock where that helps, and the column `host_clock`, which says where.
+
+    Args:
+        pairs: with `clock_ratio`, the difference of the two sides' `clocks`, and the columns of `POOL`.
+        metric: a time, or `throughput_per_s`.
+    """
+    import numpy as np
+
     from analysis.inference import at_one_clock
 
-    if CORRECTED in frame:
-        return frame
-    value, loop = numbers(frame, metric), host_loops(frame, metric)
-    changed = pd.Series(False, index=frame.index)
-    waited = pd.Series([WAITED in (flags or ()) for flags in column(frame, "flags").tolist()], index=frame.index)
-    usable = waited & (value > 0) & (loop > 0) & (frame["outcome"] == Outcome.OK).fillna(False).astype(bool)
+    ratio, used = pairs["log_ratio"].to_numpy(dtype=np.float64).copy(), np.zeros(len(pairs), dtype=bool)
     sign = -1 if metric in HIGHER_IS_BETTER else 1
-    rows = frame[usable]
-    hosts = [column(rows, name).astype("string") for name in POOL]
-    for _, found in rows.groupby(hosts, sort=False, dropna=False):
-        times = sign * np.log(value[found.index].to_numpy())
-        cells = np.asarray(found.groupby(KEY, sort=False).ngroup(), dtype=np.int64)
-        brought, used = at_one_clock(times, np.log(loop[found.index].to_numpy()), cells)
-        if used:
-            value[found.index] = np.exp(sign * brought)
-            changed[found.index] = True
-    others = frame.drop(columns=metric, errors="ignore")
-    return pd.concat([others, value.rename(metric), changed.rename(CORRECTED)], axis=1)
+    clock = pairs["clock_ratio"].to_numpy(dtype=np.float64)
+    positions = pairs.assign(position=np.arange(len(pairs)))[~np.isnan(clock)]
+    pools = [positions[name].astype("string") for name in POOL]
+    for _, pool in positions.groupby(pools, sort=False, dropna=False):
+        where = pool["position"].to_numpy()
+        if not clock[where].any():
+            continue
+        comparisons = np.asarray(pool.groupby("cell_id", sort=False).ngroup(), dtype=np.int64)
+        ratio[where], used[where] = at_one_clock(ratio[where], ratio[where] - sign * clock[where], comparisons)
+    return pairs.assign(log_ratio=ratio, host_clock=used)

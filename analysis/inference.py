@@ -17,9 +17,12 @@ they are worth:
 
 Steps that wait for their launches take as long as the host's clock lets them, and a shared host's moves by a tenth and
 more within minutes, also inside a block. Rows hold the time of a fixed loop on the CPU that fed the device
-(`host_loop_ms`), and on such hosts those steps follow it one to one (slope 0.9 to 1.2 between rounds of a cell), so
-their figures are compared at one clock where that at least halves the variance between rounds: a control variate, with
-the slope that physics gives and not one fitted to a few rounds.
+(`host_loop_ms`), and what such steps need is a number of those loops. So their pairs are compared at one clock where
+that visibly helps: where the variance within the comparisons of a host, sweep and workload, together at least six
+degrees of freedom, falls to half or less, and by more than chance lets it (F test at 5 %). It is a control variate,
+with the slope that the mechanism gives and not one fitted to a few rounds, for all of these comparisons, except those
+that visibly scatter more with it (the same test): something else limited them. To choose the lesser variance for each
+one would make false differences in a quarter of the sweeps; to choose with less evidence makes some, too.
 
 The fallback is the cell's own paired variance rather than Welch's unpaired one, which would count the block's drift.
 """
@@ -40,7 +43,7 @@ NOISIER_ALPHA = 0.10
 DEPARTS_Z = 1.645
 SHARED_BASELINE = 0.25
 NOISE_FLOOR = 1e-4  # no clock resolves less; keeps identical rounds from claiming certainty
-CLOCK_GAIN, CLOCK_DEGREES = 0.5, 4  # share of the variance that may be left, degrees of freedom to know it by
+CLOCK_GAIN, CLOCK_ALPHA, CLOCK_DEGREES = 0.5, 0.05, 6
 FOUND_IN = 0.80  # the smallest detectable effect is found in this share of sweeps
 
 
@@ -71,22 +74,28 @@ class Judgement:
     mde: Floats
 
 
-def at_one_clock(logs: Floats, clocks: Floats, cells: npt.NDArray[np.int64]) -> tuple[Floats, Bools]:
-    """Logarithms of times (..., runs) of `cells` (runs,), brought to the median of `clocks`; and whether they were.
+def at_one_clock(logs: Floats, brought: Floats, comparisons: npt.NDArray[np.int64]) -> tuple[Floats, Bools]:
+    """Paired log-ratios (..., pairs) of `comparisons` (pairs,), of which `brought` are at one clock of the host.
 
-    `clocks`: logarithm of what the host needed for a fixed piece of work during each run. They are used where the
-    variance within cells falls to half or less; leading axes are independent repetitions.
+    Returns those to use, and which of them are brought ones. Leading axes are independent repetitions.
     """
-    _, member, count = np.unique(cells, return_inverse=True, return_counts=True)
-    share = (member[:, None] == np.arange(count.size)[None, :]) / count
-    apart = (member[:, None] == np.arange(count.size)[None, :]).T
+    from scipy.special import fdtri
 
-    def within(values: Floats) -> Floats:
-        return np.asarray(((values - values @ share @ apart) ** 2).sum(axis=-1))
+    _, member, count = np.unique(comparisons, return_inverse=True, return_counts=True)
+    belongs = member[:, None] == np.arange(count.size)[None, :]
 
-    brought = logs - (clocks - np.median(clocks, axis=-1, keepdims=True))
-    used = (within(brought) <= CLOCK_GAIN * within(logs)) & (cells.size - count.size >= CLOCK_DEGREES)
-    return np.where(used[..., None], brought, logs), used
+    def squares(values: Floats) -> Floats:
+        means = values @ (belongs / count)
+        return np.asarray((values - means @ belongs.T) ** 2 @ belongs)
+
+    before, after = squares(logs), squares(brought)
+    degrees = comparisons.size - count.size
+    limit = min(CLOCK_GAIN, fdtri(degrees, degrees, CLOCK_ALPHA)) if degrees >= CLOCK_DEGREES else 0.0
+    helps = after.sum(axis=-1) < limit * before.sum(axis=-1)
+    own = np.maximum(count - 1, 1)
+    scatters = after > before * fdtri(own, own, 1 - CLOCK_ALPHA)
+    used = (helps[..., None] & ~scatters) @ belongs.T.astype(np.int64) > 0
+    return np.where(used, brought, logs), used
 
 
 def trigamma_inverse(y: Floats) -> Floats:

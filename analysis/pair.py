@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import column, numbers
+from analysis.host_clock import POOL, at_one_host_clock, clocks
 from tasks.row import Outcome
 from tasks.statistics import effective_sample_size, percentile_or_none, t_interval
 
@@ -60,25 +61,30 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     """Each measured row with the row of its own baseline in the same block.
 
     Columns: result_dir, cell_id, baseline_id, round, block_id, value, baseline_value, log_ratio (of value to baseline
-    value), barred (why this pair may not decide, a list), widened. Baselines are not paired with themselves; rows
+    value, at one clock of the host where `host_clock` says so: see `analysis.host_clock`), barred (why this pair may
+    not decide, a list), widened, host_clock. Baselines are not paired with themselves; rows
     without a positive value, or not `ok`, form no pair.
     """
     import numpy as np
     import pandas as pd
 
     value = numbers(frame, metric)
-    usable = frame[["result_dir", "cell_id", "baseline_id", "round", "block_id", "flags", "steady"]].assign(value=value)
+    kept = ["result_dir", "cell_id", "baseline_id", "round", "block_id", "flags", "steady"]
+    pool = {name: column(frame, name) for name in POOL}
+    usable = frame[kept].assign(**pool, value=value, clock=clocks(frame, metric))
     usable = usable[(frame["outcome"] == Outcome.OK).fillna(False).astype(bool) & (value > 0)]
     references = usable[usable["cell_id"] == usable["baseline_id"]].drop_duplicates(
         ["result_dir", "block_id", "cell_id"], keep="last"
     )
     joined = usable[usable["cell_id"] != usable["baseline_id"]].merge(
-        references[["result_dir", "block_id", "cell_id", "value", "flags", "steady"]],
+        references[["result_dir", "block_id", "cell_id", "value", "flags", "steady", "clock"]],
         left_on=["result_dir", "block_id", "baseline_id"],
         right_on=["result_dir", "block_id", "cell_id"],
         suffixes=("", "_of_baseline"),
     )
     joined["log_ratio"] = np.log(joined["value"]) - np.log(joined["value_of_baseline"])
+    joined["clock_ratio"] = joined["clock"] - joined["clock_of_baseline"]
+    joined = at_one_host_clock(joined, metric)
     steady, other_steady = (
         joined[name].fillna(True).astype(bool).tolist() for name in ("steady", "steady_of_baseline")
     )
@@ -87,7 +93,11 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     joined["widened"] = [bool(WIDENING_FLAGS & {*flags, *other}) for flags, _, other, _ in sides]
     joined = joined.rename(columns={"value_of_baseline": "baseline_value"})
     names = ["result_dir", "cell_id", "baseline_id", "round", "block_id", "value", "baseline_value", "log_ratio"]
-    return joined[[*names, "barred", "widened"]].sort_values([*KEY, "round"], kind="stable").reset_index(drop=True)
+    return (
+        joined[[*names, "barred", "widened", "host_clock"]]
+        .sort_values([*KEY, "round"], kind="stable")
+        .reset_index(drop=True)
+    )
 
 
 def _barred(flags: Sequence[str], steady: bool, of_baseline: Sequence[str], baseline_steady: bool) -> list[str]:

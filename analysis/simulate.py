@@ -31,7 +31,9 @@ class Scenario:
     correlation: float = 0.0  # AR(1) between samples
     sample_noise: float = 0.05
     host_clock: float = 0.0  # that all steps wait for, and that differs by this much between processes
+    block_clock: float = 0.0  # the same, of all processes in a block alike
     loop_noise: float = 0.005  # with which the host's clock is known
+    first_follows: float = 1.0  # how much of the clock the first cell follows, as the others do in full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def differences(scenario: Scenario, repetitions: int, rng: np.random.Generator) 
     """Paired log-ratios, shape (repetitions, cells, rounds)."""
     runs = sum(size + 1 for size in scenario.sizes) * scenario.rounds
     spread = np.log(scenario.group_noise_range) / 2
-    parts, clocks = [], []
+    parts, brought = [], []
     for group, size in enumerate(scenario.sizes):
         level = scenario.noise * np.exp(rng.uniform(-spread, spread, (repetitions, 1, 1)))
         noise = np.broadcast_to(level, (repetitions, size + 1, 1)).copy()
@@ -67,25 +69,30 @@ def differences(scenario: Scenario, repetitions: int, rng: np.random.Generator) 
         times += scenario.drift * (before[None, None, :] + order) / runs
         if scenario.samples:
             times += _median_error(scenario, shape, rng)
-        if scenario.host_clock:
+        if scenario.host_clock or scenario.block_clock:
             clock = scenario.host_clock * rng.standard_normal(shape)
-            times += clock
-            clocks.append(clock + scenario.loop_noise * rng.standard_normal(shape))
-        parts.append(times)
-    if scenario.host_clock:
-        parts = _at_one_clock(parts, clocks)
-    return np.concatenate([times[:, 1:] - times[:, :1] for times in parts], axis=1)
+            clock += scenario.block_clock * rng.standard_normal((repetitions, 1, scenario.rounds))
+            follows = np.ones((size + 1, 1))
+            follows[1] = scenario.first_follows if group == 0 else 1.0
+            times += follows * clock
+            known = clock + scenario.loop_noise * rng.standard_normal(shape)
+            brought.append(_pairs(times - known))
+        parts.append(_pairs(times))
+    raw = np.concatenate(parts, axis=1)
+    return _at_one_clock(raw, np.concatenate(brought, axis=1)) if brought else raw
 
 
-def _at_one_clock(parts: list[Floats], clocks: list[Floats]) -> list[Floats]:
-    """Times of all groups, each (repetitions, cells, rounds), as verdicts compare them."""
-    times, known = np.concatenate(parts, axis=1), np.concatenate(clocks, axis=1)
-    repetitions, cells, rounds = times.shape
-    brought, _ = at_one_clock(
-        times.reshape(repetitions, -1), known.reshape(repetitions, -1), np.repeat(np.arange(cells), rounds)
-    )
-    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
-    return np.split(brought.reshape(times.shape), ends, axis=1)
+def _pairs(times: Floats) -> Floats:
+    """Log-ratios to the first of a group's cells."""
+    return times[:, 1:] - times[:, :1]
+
+
+def _at_one_clock(raw: Floats, brought: Floats) -> Floats:
+    """Pairs (repetitions, cells, rounds) as verdicts compare them."""
+    repetitions, cells, rounds = raw.shape
+    flat = (repetitions, cells * rounds)
+    used, _ = at_one_clock(raw.reshape(flat), brought.reshape(flat), np.repeat(np.arange(cells), rounds))
+    return used.reshape(raw.shape)
 
 
 def _median_error(scenario: Scenario, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
@@ -143,9 +150,13 @@ def scenarios() -> list[Scenario]:
         ("one group of 3", {"sizes": (3,)}),
         ("one comparison", {"sizes": (1,)}),
         ("host clock moves by 5 %", {"host_clock": 0.05}),
-        ("the same, one comparison", {"host_clock": 0.05, "sizes": (1,)}),
-        ("host clock known as badly", {"host_clock": 0.01, "loop_noise": 0.01}),
-        ("the same, one comparison", {"host_clock": 0.01, "loop_noise": 0.01, "sizes": (1,)}),
+        ("... one comparison", {"host_clock": 0.05, "sizes": (1,)}),
+        ("... one group of 3", {"host_clock": 0.05, "sizes": (3,)}),
+        ("... which the first ignores", {"host_clock": 0.05, "first_follows": 0.0}),
+        ("... which it follows by half", {"host_clock": 0.05, "first_follows": 0.5}),
+        ("... alike in a block", {"block_clock": 0.05, "noise": 0.003, "loop_noise": 0.01}),
+        ("host clock known badly", {"host_clock": 0.01, "loop_noise": 0.01}),
+        ("... one group of 3", {"host_clock": 0.01, "loop_noise": 0.01, "sizes": (3,)}),
     ]
     return [
         Scenario(name=name, rounds=rounds, **options)  # type: ignore[arg-type]

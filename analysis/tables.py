@@ -8,7 +8,7 @@ from analysis.break_even import with_break_even
 from analysis.fits import LEGEND as LEGEND_FITS
 from analysis.fits import fits
 from analysis.frames import column, numbers, records
-from analysis.host_clock import COMPARED, COMPARED_LOOP, CORRECTED, host_loops
+from analysis.host_clock import COMPARED, COMPARED_LOOP, host_loops
 from analysis.pair import KEY, cells
 from analysis.table import Field, Table
 from analysis.verdicts import verdicts
@@ -38,10 +38,10 @@ LEGEND_DECODE = (
     "token that is waited for."
 )
 LEGEND_HOST = (
-    "speed-up at one host clock: steps that wait for their launches are as fast as the host's CPU, whose clock moved "
-    "between rounds; it was measured beside them and taken out of the ratio, not out of the times shown."
+    "at one host clock: steps that wait for their launches are as fast as the host's CPU, whose clock moved meanwhile; "
+    "it was measured beside them and taken out of the ratio, not out of times and rates."
 )
-HOST_NOTE = "speed-up at one host clock"
+HOST_NOTE = "ratio at one host clock"
 QUALITY = (("kl_divergence", "KL"), ("perplexity", "ppl"), ("accuracy", "accuracy"), ("top1_agreement", "top-1"))
 _NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
@@ -255,7 +255,7 @@ def _notes(row: dict[str, Any], flags: bool = True) -> list[str]:
             notes.append(f"no verdict: {', '.join(barred)}")
         elif row["left_out"] == row["left_out"] and row["left_out"] > 0:
             notes.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
-        if row[CORRECTED] is True:
+        if row["host_clock"] is True:
             notes.append(HOST_NOTE)
     return notes
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.frames import records
-from analysis.host_clock import CORRECTED, HIGHER_IS_BETTER, with_one_host_clock
+from analysis.host_clock import HIGHER_IS_BETTER
 from analysis.inference import MARGIN, Variance, judge, moderated_variance
 from analysis.pair import KEY, cells, pairs
 from tasks.row import Outcome
@@ -52,8 +52,6 @@ def verdicts(
     """
     import pandas as pd
 
-    frame = with_one_host_clock(frame, metric)
-    corrected = set(frame.loc[frame[CORRECTED], KEY].itertuples(index=False, name=None))
     by_cell = {key: group for key, group in pairs(frame, metric).groupby(KEY, sort=False)}  # noqa: C416
     summaries = {(row["result_dir"], row["cell_id"]): row for row in records(cells(frame))}
     lines = []
@@ -61,8 +59,7 @@ def verdicts(
         if not isinstance(row["baseline_id"], str) or row["cell_id"] == row["baseline_id"]:
             continue
         baseline = summaries.get((row["result_dir"], row["baseline_id"]))
-        host_clock = not corrected.isdisjoint({key, (row["result_dir"], row["baseline_id"])})
-        lines.append({**_line(row, baseline, by_cell.get(key), metric, floor), CORRECTED: host_clock})
+        lines.append(_line(row, baseline, by_cell.get(key), metric, floor))
     result = pd.DataFrame(lines, columns=_COLUMNS)
     _fill(result, metric)
     return result.drop(columns=_INTERNAL)
@@ -71,7 +68,7 @@ def verdicts(
 _INTERNAL = ["pool", "group_id", "log_mean", "log_variance", "floor", "widened"]
 _COLUMNS = [
     "result_dir", "cell_id", "baseline_id", "metric", "rounds", "ratio", "lo", "hi", "p", "p_holm", "verdict",
-    "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", CORRECTED, *_INTERNAL,
+    "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", "host_clock", *_INTERNAL,
 ]  # fmt: skip
 
 
@@ -100,6 +97,7 @@ def _line(
         "ratio": float(np.exp(values.mean())) if values.size else float("nan"),
         "barred": barred,
         "left_out": left_out,
+        "host_clock": bool(used is not None and used["host_clock"].any()),
         "pool": (row["result_dir"], row["sweep"], row["hardware"]),
         "group_id": (row["result_dir"], row["group_id"] if isinstance(row["group_id"], str) else row["baseline_id"]),
         "log_mean": values.mean() if values.size else float("nan"),

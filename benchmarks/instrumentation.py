@@ -104,10 +104,10 @@ def our_throughput(session, passes, calls):
 
 
 def interval(values):
-    """Median with its 95 % interval from order statistics."""
+    """Median with its interval of at least 95 % (from six values on) from order statistics."""
     ordered, n = sorted(values), len(values)
-    low = int(binom.ppf(0.025, n, 0.5))
-    return ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2, ordered[low], ordered[n - 1 - low]
+    low = max(int(binom.ppf(0.025, n, 0.5)), 1)  # ranks low and n + 1 - low, counted from one
+    return ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2, ordered[low - 1], ordered[n - low]
 
 
 def compare(pairs, bare, ours, feeder):

@@ -47,7 +47,7 @@ for part in "$@"; do
         for round in 0 1 2 3; do
             ((round == 0)) || sweep 150 llama-1b "paired/$round" --set rounds=1 --only "optimization=$PAIRED"
             # shellcheck disable=SC2046
-            limited 60 "$PYTHON" benchmarks/independent_gpu.py "$out/paired/$round.json" $(tr '|+' '\n ' <<<"$PAIRED" | grep -v ' ')
+            limited 60 "$PYTHON" benchmarks/independent_gpu.py "$out/paired/$round.json" $(tr '|+:' '\n\n\n' <<<"$PAIRED" | grep -E '^(fp32|fp16|bf16)$' | sort -u)
         done
         "$PYTHON" benchmarks/compare_independent.py "$out"/paired/[123] "$out"/paired/?.json
         ;;

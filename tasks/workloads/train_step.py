@@ -146,21 +146,23 @@ class TrainingStep(Step):
     def backward(self, parts: Sequence[Any]) -> Any:
         """Add the gradients of the mean loss over `parts`, scaled if a scaler is used; returns that loss, detached."""
         total: Any = None
+        owned: set[Any] = set()
         for part in parts:
             with self.autocast():
                 loss = self._loss(part)
             loss = loss / len(parts) if len(parts) > 1 else loss
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            if total is None and len(parts) > 1 and self._session.settings.replays:
-                self._own_gradients()  # the next replay would overwrite the first ones before the second are added
+            if len(parts) > 1 and self._session.settings.replays:
+                self._own_gradients(owned)  # the next replay would overwrite them before its own are added
             # a copy: the output of a CUDA graph is overwritten by its next replay
             total = loss.detach().clone() if total is None else total + loss.detach()
         return total
 
-    def _own_gradients(self) -> None:
+    def _own_gradients(self, owned: set[Any]) -> None:
         for parameter in self.trained:
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter not in owned:
                 parameter.grad = parameter.grad.clone()
+                owned.add(parameter)
 
     @contextmanager
     def unrounded(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis import comparison_table, render
-from analysis.break_even import break_even_calls, uncompiled
+from analysis.break_even import break_even_calls, uncompiled, with_break_even
 
 Loaded = Callable[..., pd.DataFrame]
 
@@ -67,6 +67,18 @@ def test_table_uses_the_cold_compilation(build: SimpleNamespace, loaded: Loaded)
 def test_no_saving_is_empty(build: SimpleNamespace, loaded: Loaded) -> None:
     lines = comparison_table(loaded(rows(build, [30.0], compiled_ms=11.0))).frame.set_index("optimization")
     assert math.isnan(lines.loc["bf16+compile", "break_even_calls"])
+
+
+@pytest.mark.parametrize(("against_baseline", "partner", "won"), [(0.5, 0.6, True), (0.6, 0.5, False)])
+def test_nothing_is_won_back_where_the_ratios_say_so(
+    build: SimpleNamespace, loaded: Loaded, against_baseline: float, partner: float, won: bool
+) -> None:
+    """Ratios are at one clock of the host, medians are not: the table must not say both."""
+    frame = loaded(rows(build, [30.0, 3.0, 3.0]))
+    table = comparison_table(frame).frame
+    table["ratio"] = table["optimization"].map({"bf16+compile": against_baseline, "bf16": partner})
+    found = with_break_even(table, frame).set_index("optimization")
+    assert math.isfinite(found.loc["bf16+compile", "break_even_calls"]) == won
 
 
 def test_without_the_partner_there_is_none(build: SimpleNamespace, loaded: Loaded) -> None:

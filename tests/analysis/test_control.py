@@ -65,6 +65,15 @@ def test_a_control_that_a_flag_bars_fails_the_gate(loaded, build) -> None:
     assert [FAILED in had for had in barred["flags"]] == of_one_group.tolist()
 
 
+def test_the_table_renders_passed_and_failed_controls(loaded, build) -> None:
+    frame = _frame(loaded, build, effect=0.0)
+    slow = (frame["group_id"] == frame["group_id"].iloc[0]) & (frame["optimization"] == "again")
+    text = render(gate_table(frame.assign(latency_ms_p50=frame["latency_ms_p50"].mask(slow, 20.0))), "md")
+    assert text.count("passed") == 3
+    assert text.count("failed") == 1
+    assert "called slower" in text
+
+
 def test_rounds_that_disagree_fail_the_gate(loaded, build) -> None:
     lines = gate(_frame(loaded, build, effect=0.0, noise=0.06))
     assert not lines["passed"].all()

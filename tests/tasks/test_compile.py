@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tasks.metrics.compilation import CompilationCounts
 from tasks.optimization import Evidence
 from tasks.optimizations.compile import arguments
 from tasks.registry import optimizations
+from tasks.session import Settings
 from tasks.stacks import parse_stack, unsupported
 from tasks.timing import Timings
 
@@ -66,6 +68,14 @@ def proof(text: str, session: Any) -> Evidence:
 )
 def test_arguments_of_torch_compile(text: str, expected: dict[str, Any]) -> None:
     assert arguments(technique(text)) == expected
+
+
+@pytest.mark.parametrize(("text", "replays"), [("compile", False), ("compile:mode=reduce-overhead", True)])
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_who_replays_graphs(text: str, replays: bool, on_cuda: bool) -> None:
+    session: Any = SimpleNamespace(settings=Settings(), on_cuda=on_cuda)
+    optimizations()["compile"].apply(technique(text), session)
+    assert session.settings.replays == (replays and on_cuda)
 
 
 def test_coordinate_descent_is_refused_on_a_cpu(bench: Any) -> None:

@@ -87,6 +87,18 @@ def test_the_device_never_waits_between_chunks(monkeypatch: pytest.MonkeyPatch, 
     assert result.seconds >= 0.29
 
 
+def test_the_host_is_looked_at_during_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(0.02, issue_s=0.01, ramp_s=0.0)
+    made = passes(monkeypatch, simulation)
+    made.session.feeder = made.feeder = Feeder(
+        speed=lambda: 0.001 * (1 + simulation.now), move=lambda cpus: None, clock=lambda: simulation.now
+    )
+    with made.feeder.seated():
+        made.throughput()
+    assert made.feeder.looks > 4
+    assert 0.001 < (made.timings.throughput.host_loop_s or 0.0) < 0.001 * (1 + simulation.now)
+
+
 @pytest.mark.parametrize("issue_s", [0.001, 0.009], ids=["device-bound", "host-bound"])
 def test_every_finished_call_is_counted_once(monkeypatch: pytest.MonkeyPatch, issue_s: float) -> None:
     simulation = Simulation(0.004, issue_s=issue_s, ramp_s=0.0)
