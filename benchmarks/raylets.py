@@ -25,8 +25,12 @@ class Raylets:
             MARK: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0",
             "RAY_raylet_start_wait_time_s": "120",
+            # where Ray notes the address of the cluster that was started last: not beside other clusters, and not in a
+            # folder that a machine has only once Ray has run there
+            "RAY_TMPDIR": str(self.folder),
             "PYTHONPATH": str(ROOT),
         }  # fmt: skip
+        (self.folder / "ray").mkdir()
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(
