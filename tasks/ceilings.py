@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 COPY = "copy_bytes_per_s"
 READ = "read_bytes_per_s"
-GEMM_SIZES = {"cuda": 8192, "cpu": 2048}
-MINIMUM_S = {"cuda": 0.4, "cpu": 0.5}
+# a CPU's products of half precision may be fastest where they fit its cache
+GEMM_SIZES = {"cuda": (8192,), "cpu": (512, 1024, 2048)}
+SLOW_S = 0.25  # a product that would take longer than this is left to smaller sizes
+MINIMUM_S = {"cuda": 0.4, "cpu": 0.3}
 ROW = 4096
 BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 256 * 2**20}
 
@@ -90,20 +92,32 @@ def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, tf32: bool) -> float | None:
+    """The best rate over sizes and over both layouts of the right factor, as it is and transposed.
+
+    Linear layers multiply with transposed weights. A CPU without instructions for half precision multiplies those 40
+    times faster than others, which take minutes at the largest size.
+    """
     import torch
 
     from tasks.optimizations._precision import set_tf32
 
-    size = GEMM_SIZES[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
+    rates: dict[bool, float] = {}  # by layout: transposed or not
     set_tf32(tf32)
     try:
-        return 2 * size**3 / _best_s(lambda: torch.mm(a, b, out=out), device)
+        for size in GEMM_SIZES[device.type]:
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            out = torch.empty(size, size, device=device, dtype=dtype)
+            for transposed in (True, False):
+                known = rates.get(transposed)
+                if known is None or 2 * size**3 / known <= SLOW_S:
+                    right = b.t() if transposed else b
+                    rate = 2 * size**3 / _best_s(partial(torch.mm, a, right, out=out), device)
+                    rates[transposed] = max(rate, known or rate)
     except RuntimeError:  # a dtype that this device cannot multiply has no ceiling
         return None
     finally:
         set_tf32(False)
+    return max(rates.values())
 
 
 def _best_s(call: Callable[[], Any], device: torch.device) -> float:
