@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.cell import Cell, Scalar, WorkloadPoint
 from tasks.device import DeviceInfo
+from tasks.models.identity import learned_positions
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -87,6 +88,10 @@ class Workload(ABC):
         """The identity columns `batch_size`, `sequence_length`, `new_tokens` of a point, None where meaningless."""
         return {key: point.get(key) for key in ("batch_size", "sequence_length", "new_tokens")}
 
+    def positions(self, point: WorkloadPoint) -> int | None:
+        """Tokens of the longest sequence that a language model meets at the point; None if it meets none."""
+        return None
+
     def needs_gradients(self, point: WorkloadPoint) -> bool:
         """Whether a call at this point has a backward pass, so that it cannot run in inference mode."""
         return self.training
@@ -95,6 +100,10 @@ class Workload(ABC):
         """One sentence why this workload cannot run this cell's model on `device`, or None."""
         if self.model_kinds and cell.model.kind not in (*self.model_kinds, "unknown"):
             return f"{self.kind} needs a {' or '.join(self.model_kinds)} model, {cell.model.id} is {cell.model.kind}"
+        asked = self.positions(cell.workload)
+        room = learned_positions(cell.model) if asked else None
+        if asked and room is not None and asked > room:
+            return f"{self.kind} asks for {asked} positions here, {cell.model.id} has learned {room}"
         return None
 
     @abstractmethod

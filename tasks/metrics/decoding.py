@@ -43,10 +43,9 @@ class Decoding(Metric):
         if phase is not Phase.THROUGHPUT or session.job.cell.workload.kind != "decode":
             return
         step: DecodeStep = session.step  # type: ignore[assignment]
-        needed = step.ledger.longest - 1
         self._found = {
             "decode_steps": step.steps_per_call,
-            "superfluous_steps": step.steps_per_call - needed,
+            "superfluous_steps": step.superfluous,
             **_cache(session, step),
             **(step.check_costs or {}),
         }

@@ -112,6 +112,24 @@ def model_type(spec: ModelSpec) -> str | None:
         return None
 
 
+# models whose positions are a table of embeddings: key of its length, and what transformers takes without it
+_POSITION_TABLES = {
+    "gpt2": ("n_positions", 1024), "gpt_bigcode": ("n_positions", 1024), "openai-gpt": ("n_positions", 512),
+    "gpt_neo": ("max_position_embeddings", 2048), "opt": ("max_position_embeddings", 2048),
+}  # fmt: skip
+
+
+@cache
+def learned_positions(spec: ModelSpec) -> int | None:
+    """Tokens of the longest sequence of a model with learned positions; None without them, or if not at hand."""
+    kind = model_type(spec)
+    if kind not in _POSITION_TABLES:
+        return None
+    key, default = _POSITION_TABLES[kind]
+    length = (config_of(spec) or {}).get(key, default)
+    return length if isinstance(length, int) else None
+
+
 def refuse_unsafe(folder: Path, trust_remote_code: bool) -> None:
     """Raise `ModelError` for a checkpoint that is not plain safetensors inside its own folder."""
     if not (folder / "config.json").is_file():

@@ -34,7 +34,9 @@ class StopCheckKind(Optimization):
         session.settings.stop_check = lambda: self.make(technique, session)
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
-        """The request of the plain loop, token by token, and as many flags read on the way as this check must."""
+        """The request of the plain loop, token by token, as many flags read on the way as this check must, and an end
+        that only the device knows of is noticed where this check must notice it.
+        """
         step: Any = session.step
         same = step.same_tokens(step.checking(NoCheck()))
         step.run(0, lambda _label: None)
@@ -42,7 +44,9 @@ class StopCheckKind(Optimization):
         facts: dict[str, Any] = {
             "check": type(step.check).__name__, "flags_read": reads, "steps": steps, "same_tokens_as_plain": same,
         }  # fmt: skip
-        ok = same and reads == self.expected_reads(technique, steps) and reads > 0
+        ended, expected = step.ended_after(1)
+        facts["steps_of_an_early_end"] = ended
+        ok = same and reads == self.expected_reads(technique, steps) and reads > 0 and ended == expected
         wanted = type(self.make(technique, session)).__name__
         return Evidence(ok=ok and facts["check"] == wanted and self.recognizes(session, facts), facts=facts)
 

@@ -97,6 +97,10 @@ class Ledger:
         self.input.copy_(column)
         self.position.add_(1)
 
+    def end_all(self) -> None:
+        """From the next token on every sequence has ended, as if each had chosen its stop token now."""
+        self._finished.fill_(True)
+
     @property
     def longest(self) -> int:
         """Tokens of the sequence that ends last; the same for every request."""

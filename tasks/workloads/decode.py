@@ -64,6 +64,9 @@ class Decode(Workload):
             return "decode needs a temperature above 0; sampling: greedy is the limit of 0"
         return super().unsupported(cell, device)
 
+    def positions(self, point: WorkloadPoint) -> int | None:
+        return int(point["prompt_tokens"]) + int(point["new_tokens"])
+
     def prepare(self, session: Session) -> Step:
         point = self.values(session.job.cell.workload)
         return DecodeStep(session, point, token_batches(session, point["batch_size"], point["prompt_tokens"]))
@@ -191,6 +194,27 @@ class DecodeStep(Step):
     def _steps_of(self, check: StopCheck) -> int:
         last = check.last_column(self.ledger.longest - 1) if self._scheduled else self._new - 1
         return int(min(self._new - 1, last))
+
+    @property
+    def superfluous(self) -> int:
+        """Steps of a whole request beyond the last one that any sequence needs, until the check has noticed."""
+        return self.steps_per_call - (self.ledger.longest - 1)
+
+    def ended_after(self, column: int) -> tuple[int, int]:
+        """Steps of a request all of whose sequences end after `column` on the device, and how many the check needs.
+
+        The host only says so to the device: what the loop then does, it has learnt from the check.
+        """
+        marked = 0
+
+        def mark(label: str) -> None:
+            nonlocal marked
+            marked += label == self.primary
+            if marked == column and label == self.primary:
+                self.ledger.end_all()
+
+        self.run(0, mark)
+        return self.steps, int(min(self._new - 1, self.check.last_column(column + 1)))
 
     @contextmanager
     def uncaptured(self) -> Iterator[None]:

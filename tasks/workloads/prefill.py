@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tasks.cell import WorkloadPoint
 from tasks.workload import Mark, Step, Workload
 from tasks.workloads._inputs import token_batches
 
@@ -17,6 +18,9 @@ class Prefill(Workload):
     summary = "one forward pass over a prompt, filling the KV cache"
     axes = {"batch_size": 1, "sequence_length": 512}
     model_kinds = ("language",)
+
+    def positions(self, point: WorkloadPoint) -> int | None:
+        return int(point["sequence_length"])
 
     def prepare(self, session: Session) -> Step:
         point = session.job.cell.workload

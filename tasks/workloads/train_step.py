@@ -32,6 +32,9 @@ class TrainStep(Workload):
     def columns(self, point: WorkloadPoint) -> dict[str, int | None]:
         return {"batch_size": point["batch_size"], "sequence_length": point["sequence_length"], "new_tokens": None}
 
+    def positions(self, point: WorkloadPoint) -> int | None:
+        return int(point["sequence_length"])
+
     def prepare(self, session: Session) -> Step:
         session.model.train()
         parameters = [parameter for parameter in session.model.parameters() if parameter.requires_grad]

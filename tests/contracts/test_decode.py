@@ -230,6 +230,28 @@ class TestFaultsAreFound:
             session.step.check.issued = meddling
             assert not technique.evidence(chosen, session).ok
 
+    @pytest.mark.parametrize("stop", ["none", "eos"])
+    @pytest.mark.parametrize("stack", STACKS)
+    def test_pretends_to_look(self, bench: Any, monkeypatch: pytest.MonkeyPatch, stack: str, stop: str) -> None:
+        """Counts its looks and never does: with `stop: none` every flag says that it goes on, as the pretender does."""
+        cell = bench.cell("decode", f"static-cache+{stack}", stop=stop, **AXES)
+        technique, chosen = optimizations()[stack.split(":")[0]], parse_stack(stack).techniques[0]
+        # where the flag has to come from is seen on a card only
+        monkeypatch.setattr(type(technique), "recognizes", lambda *_arguments: True)
+        with bench.live(bench.job(cell)) as session:
+            honest = technique.evidence(chosen, session)
+            assert honest.ok, honest.facts
+            check = session.step.check
+            looking = check.issued
+
+            def pretending(column: int) -> bool:
+                looking(column)
+                return False
+
+            check.issued = pretending
+            evidence = technique.evidence(chosen, session)
+        assert not evidence.ok, evidence.facts
+
 
 class Reader(torch.utils._python_dispatch.TorchDispatchMode):
     """Collects operators that bring a number to the host, which no CUDA graph can hold."""
@@ -394,7 +416,27 @@ class TestCosts:
             session.step.run = slow
             row = measure_costs(session, session.step, budget_s=1.0)
         assert len(calls) == 3, "a second turn would not fit"
-        assert "too few requests" in row["stop_check_hidden_share"].reason
+        assert "fewer than 4 turns" in row["stop_check_hidden_share"].reason
+        assert row["stop_check_ms"].reason == row["stop_check_hidden_share"].reason
+
+    def test_long_requests_are_cut_for_more_turns(self, bench: Any) -> None:
+        """Kinds take turns at being first, none does more than 32 steps, and what comes at the end is still counted."""
+        job = bench.job(bench.cell("decode", "sync-check:every=32", stop="eos", **{**AXES, "new_tokens": 60}))
+        with bench.live(job) as session:
+            step, asked = session.step, []
+            run = step.run
+
+            def counted(index: int, mark: Callable[[str], None]) -> None:
+                run(index, mark)
+                asked.append((type(step.check).__name__, step.check is own, step.steps))
+
+            step.run, own = counted, step.check
+            row = measure_costs(session, step)
+            assert (step.ledger.longest, step.steps_per_call, step.superfluous) == (54, 59, 6)
+        assert {steps for _, _, steps in asked} == {32}
+        assert [name for name, _, _ in asked[::3]] == ["NoCheck", "SyncCheck", "SyncCheck"] * 3
+        assert [ours for _, ours, _ in asked[::3]] == [False, False, True] * 3
+        assert isinstance(row["stop_check_ms"], float)
 
     def test_costs_are_measured_within_the_latency_pass(self, bench: Any) -> None:
         """That is in `measure_s`, and before anybody samples the card's clocks."""
@@ -408,10 +450,10 @@ class TestCosts:
 
     def test_hidden_share_needs_a_cost_that_stands_out(self) -> None:
         clear, noise = [0.2, 0.21, 0.19, 0.2, 0.22], [0.2, -0.1, 0.3, -0.2, 0.1]
-        assert _hidden([0.05] * 5, clear, 1.0) == pytest.approx(0.75)
-        assert _hidden(clear, clear, 1.0) == 0
-        for costs, step_s in ((noise, 1.0), (clear[:3], 1.0), (clear, 100.0)):
-            assert isinstance(_hidden([0.05] * 5, costs, step_s), Missing)
+        assert _hidden(0.05, clear, 1.0) == pytest.approx(0.75)
+        assert _hidden(0.2, clear, 1.0) == 0
+        for costs, step_s in ((noise, 1.0), (clear, 100.0)):
+            assert isinstance(_hidden(0.05, costs, step_s), Missing)
 
     def test_before_anything_nothing_is_known(self, bench: Any) -> None:
         with bench.live(bench.job(bench.cell("prefill")), calls=0) as session:

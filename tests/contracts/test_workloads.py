@@ -446,3 +446,24 @@ class TestFlashPackages:
         assert unsupported(bench.cell("attention", f"fp16+{name}"), card) is None
         assert "fp16 or bf16" in str(unsupported(bench.cell("attention", f"fp32+{name}"), card))
         assert "fp16 or bf16" in str(unsupported(bench.cell("attention", name), card))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits", "too_long"),
+    [
+        ("decode", {"prompt_tokens": 24, "new_tokens": 8}, {"prompt_tokens": 25, "new_tokens": 8}),
+        ("prefill", {"sequence_length": 32}, {"sequence_length": 33}),
+        ("train_step", {"sequence_length": 32}, {"sequence_length": 33}),
+    ],
+)
+def test_more_positions_than_a_model_has_learned(
+    bench: Any, kind: str, fits: dict[str, int], too_long: dict[str, int]
+) -> None:
+    """GPT-2 has a table of them; a rotary model has none, and is not refused."""
+    learned = bench.random_model("few-positions", {"model_type": "gpt2", "n_positions": 32, "n_embd": 8}, "language")
+    for model, points in ((learned, fits), (bench.language, dict.fromkeys(too_long, 600))):
+        cell = bench.cell(kind, "baseline", model, **points)
+        assert workloads()[kind].unsupported(cell, bench.job(cell).device) is None
+    cell = bench.cell(kind, "baseline", learned, **too_long)
+    refusal = workloads()[kind].unsupported(cell, bench.job(cell).device)
+    assert refusal == f"{kind} asks for 33 positions here, few-positions has learned 32"
