@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tasks.environment import fingerprint
@@ -92,6 +93,7 @@ class Conditions:
         if self._session.on_cuda:
             self._telemetry = Telemetry(self._session.gpu)
             self._telemetry.sample()
+            self._telemetry.count()
         else:
             import torch
 
@@ -107,8 +109,17 @@ class Conditions:
         """Just after the timed passes."""
         if self._telemetry is not None:
             self._summary = self._telemetry.stop()
+            self._keep_clocks(self._telemetry)
         if self._cpu_watch is not None:
             self._report = self._cpu_watch.end()
+
+    def _keep_clocks(self, telemetry: Telemetry) -> None:
+        """Put the clocks beside the raw samples that they belong to: those of the latency pass, and its times."""
+        timings, step = self._session.timings, self._session.step
+        series = timings.series.get(("latency", step.primary)) if timings and step else None
+        if timings is not None and step is not None and series is not None:
+            megahertz, seconds = telemetry.clocks(timings.began["latency"])
+            timings.series["latency", step.primary] = replace(series, sm_clock_mhz=megahertz, clock_s=seconds)
 
     def judge(self) -> None:
         """Put settings as read back, and findings, into the row."""

@@ -34,6 +34,7 @@ from tasks.rapl import Rapl
 __all__ = ["EnergyReading", "calls_per_chunk", "idle_power", "measure", "measure_cpu", "pool", "probe_tick"]
 
 POWER_PERIOD_S = 0.06  # 10 to 20 Hz
+SHARED = "shared_gpu"
 _CHUNK_TICKS = 0.25
 _RAPL_TICK_S = 0.001
 _LEARN_EDGES = 5
@@ -69,7 +70,10 @@ def idle_power(
     sleep: Callable[[float], None] = time.sleep,
     tick_s: float = 0.1,
 ) -> float | Missing:
-    """Watts from jump to jump of the counter while the caller leaves the device alone, its context resident."""
+    """Watts from jump to jump of the counter while the caller leaves the device alone.
+
+    Before the caller has a context on it, this is the power of the idle card; with one, of the idle context too.
+    """
     readings = _watch(gpu, clock, sleep, seconds, poll_s=_poll_s(tick_s))
     if isinstance(readings, Missing):
         return readings
@@ -279,9 +283,9 @@ def _sharing(gpu: Gpu, other_gpus: Sequence[Gpu]) -> tuple[str, ...] | Missing:
     flags: list[str] = []
     foreign = foreign_processes(gpu, resident=True)
     if any((process.utilization_percent or 0.0) > FOREIGN_GPU_PERCENT for process in foreign):
-        return Missing(reason="shared_gpu")
+        return Missing(reason=SHARED)
     if foreign:
-        flags.append("shared_gpu")
+        flags.append(SHARED)
     if any(process.pid == os.getpid() for other in other_gpus for process in other.processes() or ()):
         flags.append("several_gpus")
     return tuple(flags)

@@ -117,7 +117,11 @@ class CellJob:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSeries:
-    """Raw samples of one pass of one run: milliseconds and when each ended, seconds since the pass began."""
+    """Raw samples of one pass of one run: milliseconds and when each ended, seconds since the pass began.
+
+    SM clocks stand beside those of the latency pass, `clock_s` on its time: asked just before it, and again while the
+    throughput pass runs, since asking would disturb the passes between.
+    """
 
     cell_id: str
     round: int

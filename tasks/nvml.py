@@ -207,6 +207,11 @@ def gpus(nvml: Any = None) -> list[Gpu]:
     return found
 
 
+def other_gpus(gpu: Gpu, nvml: Any = None) -> list[Gpu]:
+    """The cards of this machine beside `gpu`."""
+    return [card for card in gpus(nvml) if card.facts().uuid != gpu.facts().uuid]
+
+
 def _slices(card: Any, nvml: Any) -> list[Gpu]:
     slices: list[Gpu] = []
     for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):

@@ -115,9 +115,11 @@ class Optimization(ABC):
     must run in an executed, not a forked process, since something is read at import), `lossy_cache` (keys and
     values are not kept exactly, so that quality on whole sequences says nothing), `freezes_weights` (training leaves
     the model's own weights as they are, so that they can be held in half precision or compressed), `synchronises`
-    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `runtime` (the
-    name of what runs the model in the place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and
-    `runtime_takes` (names of techniques that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
+    (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `multiplies`
+    (what its matrix products multiply where the stack computes in something else, `int8` or `fp8`: their share of a
+    ceiling is null where that of such products was not measured), `runtime` (the name of what runs the model in the
+    place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and `runtime_takes` (names of techniques
+    that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
     """
 
     name: ClassVar[str]
@@ -130,6 +132,7 @@ class Optimization(ABC):
     lossy_cache: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = False
     synchronises: ClassVar[str] = ""
+    multiplies: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
     runtime_takes: ClassVar[tuple[str, ...]] = ()
 

@@ -16,6 +16,7 @@ Outputs = dict[str, "torch.Tensor"]
 WINDOW = 512
 LARGE_VOCABULARY = 65_536
 LARGE_VOCABULARY_TOKENS = 2_000
+LARGEST_EXPONENT = 700.0  # of e in a float
 TOKENS_AT_ONCE = 64  # whose whole distributions are held in fp64
 
 
@@ -109,7 +110,7 @@ def compare_text(ours: Outputs, theirs: Outputs, trained: bool) -> dict[str, Any
         "kl_divergence_floor": _floor(theirs, "kl_divergence"),
     }
     if trained:
-        perplexity = math.exp(means[0])
+        perplexity = math.exp(means[0]) if means[0] < LARGEST_EXPONENT else math.inf
         fields |= {
             "perplexity": perplexity,
             "perplexity_stderr": perplexity * errors[0] if errors[0] is not None else None,

@@ -54,7 +54,6 @@ class _Life:
 
     def live(self) -> None:
         from tasks.conditions import Conditions, prepare_process
-        from tasks.quality import judge
         from tasks.timing import Passes
 
         device = prepare_process(self.job)
@@ -81,11 +80,11 @@ class _Life:
                     with self._phase(Phase.THROUGHPUT, "measure_s"):
                         passes.throughput()
                 conditions.end()
+            conditions.judge()  # before the settings of the stack are taken back
             self._prove(session)
             if self.job.quality:
                 with self._phase(Phase.QUALITY, "quality_s"):
-                    session.quality = judge(session)
-        conditions.judge()
+                    session.quality = self._judged(session)
 
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""
@@ -104,6 +103,19 @@ class _Life:
             if not evidence.ok:
                 self.row.invalidate(f"evidence_missing:{chosen.name}")
         self.row.set(evidence=json.dumps(found, default=str))
+
+    def _judged(self, session: Session) -> Any:
+        """The quality; a judge that fails, or does not fit beside the model, takes nothing from what was measured."""
+        from tasks.quality import judge
+
+        try:
+            return judge(session)
+        except Unsupported:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            self.row.flag("quality_failed")
+            return Missing(reason=f"quality could not be judged: {classify(error)[1]}")
 
     def _idle(self, conditions: Any) -> None:
         began = time.perf_counter()

@@ -62,17 +62,22 @@ class Telemetry:
         self._asking = threading.Lock()
         self._awake, self._stopped = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._counters_before: dict[str, int] = {}
+        self._counters_before: dict[str, int] | None = None
 
     def start(self, *, paused: bool = False) -> None:
         """Begin; `paused` leaves the thread asleep until `resume`. Without a card there is no thread at all."""
-        self._counters_before = self._gpu.slowdown_ns()
+        self.count()
         if self._gpu.unavailable is not None or self._thread is not None:
             return
         if not paused:
             self._awake.set()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
+
+    def count(self) -> None:
+        """From here on slow-downs count that the card's own counters see: also while nobody samples."""
+        if self._counters_before is None:
+            self._counters_before = self._gpu.slowdown_ns()
 
     def pause(self) -> None:
         """Stop asking; on return no query is under way."""
@@ -89,7 +94,7 @@ class Telemetry:
         self._awake.set()
         if self._thread is not None:
             self._thread.join()
-        return summarize(self.samples, self._counters_before, self._gpu.slowdown_ns())
+        return summarize(self.samples, self._counters_before or {}, self._gpu.slowdown_ns())
 
     def sample(self) -> None:
         """One look now."""

@@ -57,6 +57,7 @@ class Timings:
 
     block: int = 1
     series: dict[tuple[str, str], SampleSeries] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)  # passes, on the clock of `time.perf_counter`
     warmup_calls: int = 0
     steady: bool = False
     stop_reason: str = "budget"
@@ -131,6 +132,7 @@ class Passes:
         self.timings.issue_shares.clear()  # warm-up had other blocks, and another CPU
         kept: dict[str, tuple[list[float], list[float]]] = {}
         primary: list[float] = []
+        self.timings.began["latency"] = began
         check_at, calls = MIN_SAMPLES, 0
         while True:
             calls += 1

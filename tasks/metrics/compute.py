@@ -80,7 +80,9 @@ def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> flo
         return Missing(reason=f"no FLOPs: {flops.reason}")
     if seconds is None:
         return Missing(reason="the throughput pass was not reached")
-    precision = precision_of(session.job.cell) or _PUBLISHED.get(_dtype(session), "fp32")
+    products = (technique.multiplies for technique, _ in session.techniques)
+    precision = next(filter(None, products), None) or precision_of(session.job.cell)
+    precision = precision or _PUBLISHED.get(_dtype(session), "fp32")
     ceiling = session.job.ceilings.get(product_key(precision))
     if ceiling is None:
         return Missing(reason=f"the {precision} matrix product of this device was not measured")

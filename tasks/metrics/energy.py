@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tasks.energy import measure, measure_cpu, pool
+from tasks.energy import SHARED, measure, measure_cpu, pool
 from tasks.energy_window import EnergyReading
 from tasks.metric import Column, Metric, Missing, Phase
+from tasks.nvml import other_gpus
 from tasks.rapl import Rapl
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Energy(Metric):
         power_w_idle = Missing(reason="the idle power of this device was not measured") if idle is None else idle
         if not isinstance(reading, EnergyReading):
             reason = reading or Missing(reason="the throughput pass was not reached")
+            if reason.reason == SHARED:
+                session.row.flag("foreign_gpu_process")  # it came after the look before loading
             return {**{column.name: reason for column in self.columns}, "power_w_idle": power_w_idle}
         session.row.flag(*reading.flags)
         net = reading.net_joules_per_unit
@@ -67,13 +70,19 @@ class Energy(Metric):
 def meter(session: Session) -> Callable[[Callable[[], float]], EnergyReading | Missing]:
     """What runs the throughput pass over the profile's energy windows."""
     profile, idle = session.profile, session.job.idle_power_w
+    others = other_gpus(session.gpu) if session.on_cuda else []
 
     def windows(chunk: Callable[[], float]) -> EnergyReading | Missing:
         readings: list[EnergyReading] = []
         for _ in range(profile.energy_windows):
             if session.on_cuda:
                 reading = measure(
-                    chunk, session.gpu, window_s=profile.energy_window_s, tick_s=TICK_S, idle_power_w=idle
+                    chunk,
+                    session.gpu,
+                    window_s=profile.energy_window_s,
+                    tick_s=TICK_S,
+                    idle_power_w=idle,
+                    other_gpus=others,
                 )
             else:
                 reading = measure_cpu(chunk, Rapl.open(), window_s=profile.energy_window_s, idle_power_w=idle)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 PERCENTILES = (50, 95, 99)
+OVER_ROUNDS = Missing(reason="an interval is one over rounds: see the table")
 
 
 def _float(name: str, doc: str, interval: bool = False) -> Column:
@@ -57,6 +58,8 @@ class Latency(Metric):
         for percentile in PERCENTILES:
             result[f"latency_ms_p{percentile}"] = _percentile(values, percentile, timings.block)
         result["outliers_mild"], result["outliers_severe"] = tail_counts(values)
+        bounds = [f"{column.name}_{end}" for column in self.columns if column.interval for end in ("lo", "hi")]
+        result |= dict.fromkeys(bounds, OVER_ROUNDS)
         return {**result, **_device(session), **_request(session)}
 
 

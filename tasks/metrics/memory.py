@@ -29,7 +29,14 @@ _DEVICE_COLUMNS = {
     "peak_process_bytes": "NVML's figure for this process after measuring: context and libraries included",
     "non_torch_bytes": "of peak_process_bytes, what PyTorch's allocator does not know",
 }
-_ALL = {**_DEVICE_COLUMNS, "peak_host_bytes": "greatest resident set of the process while measuring"}
+_ALL = {
+    **_DEVICE_COLUMNS,
+    "peak_host_bytes": "greatest resident set of the process while measuring",
+    "peak_host_bytes_load": "greatest resident set while loading",
+    "peak_host_bytes_warmup": "greatest resident set in first call and warm-up, compilation included",
+}
+
+_BEFORE = {Phase.LOAD: "load", Phase.WARMUP: "warmup"}  # what follows is reset before it is measured
 
 
 class Memory(Metric):
@@ -42,27 +49,25 @@ class Memory(Metric):
 
     def __init__(self) -> None:
         self._found: dict[str, Any] = {}
+        self._unreset: Missing | None = None  # why the host's peak cannot be had
 
     def begin(self, phase: Phase, session: Session) -> None:
         if phase in (Phase.LOAD, Phase.FIRST_CALL, Phase.LATENCY):
             self._reset(session)
 
     def end(self, phase: Phase, session: Session) -> None:
-        if session.on_cuda and phase is Phase.LOAD:
-            self._found["peak_allocated_bytes_load"] = _statistics()["allocated_bytes.all.peak"]
-        if session.on_cuda and phase is Phase.WARMUP:
-            self._found["peak_allocated_bytes_warmup"] = _statistics()["allocated_bytes.all.peak"]
+        if phase in _BEFORE:
+            self._found[f"peak_host_bytes_{_BEFORE[phase]}"] = self._unreset or _status_bytes("VmHWM")
+            if session.on_cuda:
+                self._found[f"peak_allocated_bytes_{_BEFORE[phase]}"] = _statistics()["allocated_bytes.all.peak"]
         if phase is Phase.THROUGHPUT:
             self._steady(session)
 
     def _reset(self, session: Session) -> None:
-        if reset_peaks(session):
-            self._found.pop("peak_host_bytes", None)
-        else:
-            self._found["peak_host_bytes"] = Missing(reason="/proc/self/clear_refs cannot be written")
+        self._unreset = None if reset_peaks(session) else Missing(reason="/proc/self/clear_refs cannot be written")
 
     def _steady(self, session: Session) -> None:
-        self._found.setdefault("peak_host_bytes", _status_bytes("VmHWM"))
+        self._found["peak_host_bytes"] = self._unreset or _status_bytes("VmHWM")
         if session.on_cuda:
             self._found |= _cuda_figures(session)
         cache_bytes = getattr(session.step, "cache_bytes", None)
@@ -74,9 +79,9 @@ class Memory(Metric):
             # after an out-of-memory end: how far it came is worth knowing
             self._found |= {key: value for key, value in _cuda_figures(session).items() if key.startswith("peak_a")}
         reason = "the measuring passes were not reached" if session.on_cuda else "no accelerator: see peak_host_bytes"
-        if session.device.type == "cpu":
-            self._found.setdefault("peak_host_bytes", Missing(reason="the measuring passes were not reached"))
         missing = {column.name: Missing(reason=reason) for column in self.columns}
+        unreached = Missing(reason="the measuring passes were not reached")
+        missing |= {name: unreached for name in _ALL if name.startswith("peak_host_bytes")}
         missing["kv_cache_bytes"] = Missing(reason="no KV cache in this workload")
         return {**missing, **self._found}
 

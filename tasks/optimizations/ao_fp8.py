@@ -26,6 +26,7 @@ class AoFp8(TorchAo):
     tensor = {"cuda": "Float8Tensor"}
     storage = {"cuda": "float8_e4m3fn"}
     dynamic = True
+    multiplies = "fp8"
     bits = 8.0
     bf16_only = ("cuda",)
 

@@ -18,6 +18,7 @@ class AoInt8Dynamic(Int8Rows):
     name = "ao-int8-dynamic"
     summary = "torchao int8 weights, and activations quantized to int8 at every call"
     dynamic = True
+    multiplies = "int8"
 
     def config(self, technique: Technique, on_cuda: bool) -> Any:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig

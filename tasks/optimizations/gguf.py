@@ -44,6 +44,7 @@ class Gguf(Optimization):
     options = {"type": "Q4_K_M"}
     choices = {"type": tuple(MIXTURES)}
     runtime = "llama.cpp"
+    multiplies = "int8"
     runtime_takes = ("fp32",)  # what is not quantized is fp32 anyway
     bits = bits_of("Q2_K")  # the least of any type, for the predicted footprint
 

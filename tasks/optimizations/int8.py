@@ -20,6 +20,7 @@ class Int8(BitsAndBytes):
     layer = "Linear8bitLt"
     storage = "int8"
     bits = 8.0
+    multiplies = "int8"
     synchronises = "bitsandbytes looks for outliers of every product on the host"
 
     def config(self, dtype: str | None, technique: Technique) -> dict[str, Any]:

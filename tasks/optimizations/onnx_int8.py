@@ -21,6 +21,7 @@ class OnnxInt8(OnnxRuntime):
     name = "onnx-int8"
     summary = "ONNX graph with int8 weights, activations quantized at run time, run by ONNX Runtime"
     bits = 8.0
+    multiplies = "int8"
     operator = "MatMulInteger"
     dtype = "int8"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tasks.cell import NO_MODEL, Cell, ModelSpec, Stack, Technique, WorkloadPoin
 from tasks.job import CellJob
 from tasks.optimization import FAMILIES
 from tasks.registry import optimizations
+from tasks.run_cell import run_cell
 from tasks.stacks import parse_stack
 
 LLAMA = Cell(
@@ -141,3 +143,35 @@ def test_job_round_trip(bench: Any) -> None:
         search_path=("/a", "/b"), memory_budget_bytes=5, temperature_c=40.0,
     )  # fmt: skip
     assert CellJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_judge_that_fails_takes_nothing_from_what_was_measured(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a large model the judge may run out of memory: the cell fitted, and was measured."""
+
+    def fail(_session: Any) -> Any:
+        raise MemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("tasks.quality.judge", fail)
+    monkeypatch.setattr("tasks.conditions._limit_host_memory", lambda _budget: None)
+    payload = bench.job(bench.cell("prefill", "fp32"), profile=bench.INSTANT, quality=True).to_dict()
+    row = run_cell(payload, tmp_path / "phase", "fork")["row"]
+    assert row["outcome"] == "ok"
+    assert row["flags"][-1:] == ["quality_failed"]
+    assert row["latency_ms_p50"] > 0
+    assert "can't allocate memory" in json.loads(row["null_reasons"])["perplexity"]
+    assert json.loads(row["environment"])["torch"]
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_settings_are_read_while_the_stack_is_applied(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice of attention kernels ends with the session: it is to be read back before."""
+    monkeypatch.setattr("tasks.conditions._limit_host_memory", lambda _budget: None)
+    payload = bench.job(bench.cell("prefill", "fp32+sdpa-math"), profile=bench.INSTANT).to_dict()
+    settings = json.loads(run_cell(payload, tmp_path / "phase", "fork")["row"]["environment"])["torch"]
+    enabled = {name for name, value in settings.items() if name.startswith("sdpa_") and value}
+    assert enabled == {"sdpa_math"}
