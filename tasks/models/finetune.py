@@ -22,15 +22,19 @@ def finetune(
     seconds: float = 0.0,
     batch: int,
     learning_rate: float,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Train all weights of `model` for `steps` steps, or, where that is 0, for `seconds`; facts of the run.
 
-    `ids` (windows, length) are gone through in order, again and again; `loss_of` is given (batch, length) of them on
-    the model's device. AdamW with a warm-up and a cosine to zero, in bf16 autocast on CUDA; weights must be fp32.
+    `ids` (windows, length) are gone through in a seeded order, again and again, so that neighbouring batches are not
+    neighbouring text; `loss_of` is given (batch, length) of them on the model's device. AdamW with a warm-up and a
+    cosine to zero, in bf16 autocast on CUDA; weights must be fp32. The first and the last loss are means over up to
+    five steps, which do not overlap.
     """
     import torch
 
     device = next(model.parameters()).device
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda")
     model.train()
     losses: list[torch.Tensor] = []
@@ -51,7 +55,8 @@ def finetune(
             torch.cuda.synchronize()  # else the queue would run far ahead of the clock
         done = len(losses) / steps if steps else (time.perf_counter() - began) / seconds
     model.eval()
-    first, last = (torch.stack(part).mean().item() for part in (losses[:5], losses[-5:]))
+    some = max(1, min(5, len(losses) // 2))
+    first, last = (torch.stack(part).mean().item() for part in (losses[:some], losses[-some:]))
     return {
         "steps": len(losses),
         "tokens": len(losses) * batch * ids.shape[1],

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.runtime import RuntimeModel
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from tasks.cell import ModelSpec
@@ -50,3 +54,31 @@ def parameters_of(config: Any, spec: ModelSpec) -> int:
         model = from_config(config, spec)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+NORM = "model.norm.weight"  # compression leaves it alone
+
+
+def holds(session: Session, folder: Path, *more: str) -> bool | str:
+    """Whether weights of the live model are those of the checkpoint in `folder`: the last norm's, and those in `more`.
+
+    Only what is a plain tensor there and here is compared; in words why, where nothing is.
+    """
+    if isinstance(session.model, RuntimeModel):
+        return f"not compared: held by {session.model.runtime}"
+    live = dict(session.model.named_parameters())
+    found = [same for name in (NORM, *more) if (same := same_as_kept(folder, name, live.get(name))) is not None]
+    return all(found) if found else "not compared: this architecture names its weights otherwise"
+
+
+def same_as_kept(folder: Path, name: str, live: torch.Tensor | None) -> bool | None:
+    """Whether `live` is the checkpoint's tensor of that name, in its own dtype; None where either is no plain one."""
+    from safetensors import safe_open
+
+    if live is None or not live.is_floating_point() or type(live.data).__name__ != "Tensor":
+        return None
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as kept:
+            if name in kept.keys():  # noqa: SIM118 - no mapping
+                return bool(kept.get_tensor(name).to(live.dtype).equal(live.detach().cpu()))
+    return None

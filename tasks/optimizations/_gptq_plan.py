@@ -10,6 +10,7 @@ from tasks.models.identity import config_of, model_type
 from tasks.models.packing import Packing
 from tasks.optimization import Unsupported
 from tasks.optimizations._gptq_kernels import KERNELS, Kernel
+from tasks.optimizations._pruning import pruned_data
 from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def unfit(technique: Technique, cell: Cell) -> str | None:
     """What the model's configuration says against it."""
     name = technique.name
     try:
-        config = config_of(cell.model) or {}
+        config = pruned_data(config_of(cell.model) or {}, cell)
     except (OSError, ValueError):
         config = {}
     dtype = precision_of(cell) or config.get("dtype") or config.get("torch_dtype")

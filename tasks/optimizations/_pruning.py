@@ -22,14 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.models.runtime import RuntimeModel
 from tasks.optimization import Unsupported
+from tasks.stacks import option
 
 if TYPE_CHECKING:
     import torch
 
+    from tasks.cell import Cell
+
 WHAT = ("mlp", "heads", "layers")
 IMPORTANCE = ("activation", "magnitude")
 IN_CONFIG = {"mlp": "intermediate_size", "heads": "num_key_value_heads", "layers": "num_hidden_layers"}
-WIDTH_STEP = 64  # MLP widths stay multiples of this where they are large: odd widths are slow
+# MLP widths stay multiples of these where they are as large as said: odd widths are slow, and formats have blocks
+WIDTH_STEPS = ((2048, 256), (512, 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +73,27 @@ def pruned_sizes(before: Sizes, what: str, ratio: float) -> Sizes:
     """What is left when a share `ratio` of one of them goes; raises `Unsupported` where that is nothing or all."""
     count: int = getattr(before, what)
     kept = count - round(count * ratio)
-    if what == "mlp" and count >= 8 * WIDTH_STEP:
-        kept = round(kept / WIDTH_STEP) * WIDTH_STEP
+    step = next((step for least, step in WIDTH_STEPS if count >= least), 1)
+    if what == "mlp":
+        kept = round(kept / step) * step
     if not 0 < kept < count:
         name = {"mlp": "MLP channels", "heads": "key and value heads", "layers": "layers"}[what]
         raise Unsupported(f"a ratio of {ratio:g} removes {count - kept} of {count} {name}")
     return Sizes(**{**vars(before), what: kept})
+
+
+def pruned_data(data: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """Configuration `data` as the stack's pruning, if it has one, leaves it: with the MLP's width that is left."""
+    for technique in cell.stack.techniques:
+        key = IN_CONFIG.get(str(option(technique, "what"))) if technique.name == "prune" else None
+        if key != IN_CONFIG["mlp"] or not all(isinstance(data.get(name), int) for name in IN_CONFIG.values()):
+            continue
+        before = Sizes(**{name: data[source] for name, source in IN_CONFIG.items()})
+        try:
+            return {**data, key: pruned_sizes(before, "mlp", float(str(option(technique, "ratio")))).mlp}
+        except Unsupported:
+            return data  # pruning itself says so
+    return data
 
 
 def pruned_config(config: Any, after: Sizes) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tasks.models.identity import config_of
+from tasks.optimizations._pruning import pruned_data
 from tasks.optimizations._torchao import TorchAo
 from tasks.stacks import option
 
@@ -70,7 +71,7 @@ class AoInt4(TorchAo):
 
 def _widths(cell: Cell) -> list[int]:
     try:
-        config = config_of(cell.model) or {}
+        config = pruned_data(config_of(cell.model) or {}, cell)
     except (OSError, ValueError):
         return []
     return [int(config[key]) for key in WIDTHS if isinstance(config.get(key), int)]

@@ -17,7 +17,7 @@ from tasks.cell import digest
 from tasks.models.identity import ModelError, random_config
 from tasks.models.runtime import RuntimeModel
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
-from tasks.optimizations._checkpoint import original_config, parameters_of, published_dtype
+from tasks.optimizations._checkpoint import holds, original_config, parameters_of, published_dtype
 from tasks.optimizations._pruning import Sizes as Sizes
 from tasks.optimizations._pruning import blocks_of, keep_layers, prune, sizes_of
 from tasks.stacks import option
@@ -70,7 +70,6 @@ class Distill(Optimization):
         return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
-        import torch
 
         from tasks.models.finetune import finetune, save_checkpoint
 
@@ -87,8 +86,6 @@ class Distill(Optimization):
         count = WINDOWS_AT_MOST if session.on_cuda else WINDOWS_AT_MOST // 16
         count = count if seconds else min(steps * BATCH, WINDOWS_AT_MOST)
         ids = calibration_windows(session, str(option(technique, "text")), count, LENGTH)
-        # neighbouring batches are not neighbouring text
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(session.job.seed))]
         temperature, alpha = _number(technique, "temperature"), _number(technique, "alpha")
         facts = finetune(
             student,
@@ -98,6 +95,7 @@ class Distill(Optimization):
             seconds=seconds,
             batch=BATCH,
             learning_rate=_number(technique, "learning_rate"),
+            seed=session.job.seed,
         )
         changed = sum(int((p.detach().cpu() != start[name]).sum()) for name, p in student.named_parameters())
         total = sum(p.numel() for p in student.parameters())
@@ -122,7 +120,7 @@ class Distill(Optimization):
         facts = {
             "layers": live, "parameters": total, "parameters_teacher": teachers, "steps": made["steps"],
             "loss_first": made["loss_first"], "loss_last": made["loss_last"], "changed": made["changed"],
-            "weights_of_the_student": _holds(session, artifact.folder) if not later else "made further",
+            "weights_of_the_student": holds(session, artifact.folder) if not later else "made further",
         }  # fmt: skip
         ok = same and total == made["parameters"] < teachers and made["changed"] > 0.5
         ok = ok and facts["weights_of_the_student"] is not False
@@ -142,8 +140,9 @@ def _refused(technique: Technique) -> str | None:
         return "a student needs fewer layers, less width, or another architecture"
     if not 0 <= _number(technique, "alpha") <= 1 or _number(technique, "temperature") <= 0:
         return "alpha lies between 0 and 1, the temperature above 0"
-    if _number(technique, "seconds") < 0 or (not _number(technique, "seconds") and _number(technique, "steps") < 1):
-        return "a budget of steps or seconds is needed"
+    seconds, steps = _number(technique, "seconds"), _number(technique, "steps")
+    if seconds < 0 or (not seconds and steps < 2):
+        return "a budget of seconds, or of at least 2 steps is needed: a loss that fell is the evidence"
     try:
         if student:
             random_config(student)  # raises where there is no such architecture or file
@@ -201,21 +200,3 @@ def _layers(model: Any) -> int | None:
     if isinstance(model, RuntimeModel):
         return model.sizes().get("num_hidden_layers")
     return len(model.base_model.layers) if hasattr(model.base_model, "layers") else None
-
-
-def _holds(session: Session, folder: Path) -> bool | str:
-    """Whether a weight of the live model is that of the checkpoint in `folder`, where it is still a plain tensor."""
-    from safetensors import safe_open
-
-    if isinstance(session.model, RuntimeModel):
-        return f"not compared: held by {session.model.runtime}"
-    name = "model.norm.weight"
-    parameters = dict(session.model.named_parameters())
-    if name not in parameters:
-        return "not compared: this architecture names its weights otherwise"
-    live = parameters[name]
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as kept:
-            if name in kept.keys():  # noqa: SIM118 - no mapping
-                return bool(kept.get_tensor(name).to(live.dtype).equal(live.detach().cpu()))
-    return "not compared: not in the checkpoint"

@@ -13,7 +13,7 @@ from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import calibration_windows, text_content
 from tasks.models.identity import config_of, model_type
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
-from tasks.optimizations._checkpoint import original_config, parameters_of, published_dtype
+from tasks.optimizations._checkpoint import holds, original_config, parameters_of, published_dtype
 from tasks.optimizations._pruning import (
     IMPORTANCE,
     IN_CONFIG,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 WINDOWS, LENGTH = 64, 512  # calibration
 BATCH, SEQUENCE = 8, 256  # recovery
+MANY_STEPS = 10  # from here on the loss must have fallen
+COMPARED = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight")
 OTHERWISE_BUILT = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "phi3")
 
 
@@ -69,7 +71,7 @@ class Prune(Optimization):
         return text_content(technique, search_path)
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
-        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
+        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=2)
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         from tasks.metrics.parameters import count_parameters
@@ -90,26 +92,48 @@ class Prune(Optimization):
             ids = calibration_windows(session, text, min(steps * BATCH, 8192), SEQUENCE)
             rate = float(str(option(technique, "learning_rate")))
             facts["recovery"] = finetune(
-                model, ids, lambda batch: next_token_loss(model, batch), steps=steps, batch=BATCH, learning_rate=rate
-            )
+                model, ids, lambda batch: next_token_loss(model, batch), steps=steps, batch=BATCH, learning_rate=rate,
+                seed=session.job.seed,
+            )  # fmt: skip
             model.to(dtype)
         save_checkpoint(model, loaded.tokenizer, folder)
         now = count_parameters(model)[0]
+        facts["importance"] = str(option(technique, "importance"))
         return {**facts, "before": vars(sizes), "after": vars(after), "parameters_before": before, "parameters": now}
 
     def evidence(self, technique: Technique, session: Session) -> Evidence:
-        """Every live block has the pruned size, and the model fewer parameters than the one that it was made from."""
+        """Every live block has the pruned size, the weights are those that were made so, and recovery did its steps."""
         from tasks.metrics.parameters import count_parameters
 
+        artifact = session.artifacts.get(self.name)
         original = original_config(session, self.name)
         expected = pruned_sizes(
             sizes_of(original), str(option(technique, "what")), float(str(option(technique, "ratio")))
         )
         found = live_sizes(session.model)
         total, unpruned = count_parameters(session.model)[0], parameters_of(original, session.job.cell.model)
-        ok = found == {name: [size] for name, size in vars(expected).items()} and total < unpruned
         facts = {"expected": vars(expected), "found": found, "parameters": total, "parameters_unpruned": unpruned}
-        return Evidence(ok=ok, facts=facts)
+        if artifact is None:
+            return Evidence(ok=False, facts={**facts, "weights_of_the_artifact": "no artifact was loaded"})
+        made = artifact.manifest.facts
+        later = [a for a in session.artifacts.values() if a.spec.base == artifact.spec.key and a.spec.checkpoint]
+        facts |= {
+            "importance": made.get("importance"), "importance_kept": made.get("importance_kept"),
+            "recovery": made.get("recovery"),
+            "weights_of_the_artifact": "made further" if later else holds(session, artifact.folder, *COMPARED),
+        }  # fmt: skip
+        ok = found == {name: [size] for name, size in vars(expected).items()} and total < unpruned
+        ok = ok and facts["weights_of_the_artifact"] is not False
+        ok = ok and made.get("importance") == str(option(technique, "importance"))
+        return Evidence(ok=ok and _recovered(made.get("recovery"), technique), facts=facts)
+
+
+def _recovered(recovery: dict[str, Any] | None, technique: Technique) -> bool:
+    """Whether recovery took as many steps as were asked for; a loss that fell is asked of more than a few only."""
+    steps = int(str(option(technique, "recover_steps")))
+    if not recovery or not steps:
+        return not recovery and not steps
+    return recovery["steps"] == steps and (steps < MANY_STEPS or recovery["loss_last"] < recovery["loss_first"])
 
 
 def _refused(cell: Cell, technique: Technique) -> str | None:

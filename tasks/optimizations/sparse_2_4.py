@@ -16,6 +16,7 @@ from tasks.artifacts import ArtifactSpec, artifact_spec
 from tasks.calibration import calibration_windows, text_content
 from tasks.models.identity import config_of, model_type
 from tasks.optimization import Evidence, LoadOptions, Needs, Optimization, Unsupported
+from tasks.optimizations._checkpoint import same_as_kept
 from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 WINDOWS, LENGTH = 64, 512
+LOOKED_AT = 6  # layers
 HALF = {"fp16", "bf16", "float16", "bfloat16"}
 
 
@@ -116,12 +118,22 @@ class Sparse24(Optimization):
         first = next(iter(sparse.values()))
         with torch.inference_mode():
             dense = first.to_dense()
+        artifact = session.artifacts.get(self.name)
         facts["bits_per_weight"] = 8 * stored / elements
         facts["non_zero"] = float((dense != 0).float().mean())
         facts["kernel"] = type(first).__name__
+        if artifact is None:
+            return Evidence(ok=False, facts={**facts, "artifact": "no artifact was loaded"})
+        # the same values in the same places, in layers all over the model
+        looked_at = list(sparse)[:: max(1, len(sparse) // LOOKED_AT)]
+        with torch.inference_mode():
+            same = [same_as_kept(artifact.folder, f"{name}.weight", sparse[name].to_dense()) for name in looked_at]
+        facts["compared"] = sum(found is not None for found in same)
+        facts["of_the_artifact"] = sum(found is True for found in same)
         # cuSPARSELt pads what it stores
-        ok = len(sparse) == len(layers) and facts["bits_per_weight"] <= self.bits * 1.15 and facts["non_zero"] <= 0.5
-        return Evidence(ok=ok, facts=facts)
+        stored_well = self.bits * 0.97 <= facts["bits_per_weight"] <= self.bits * 1.15
+        ok = len(sparse) == len(layers) and stored_well and 0.45 < facts["non_zero"] <= 0.5
+        return Evidence(ok=ok and facts["of_the_artifact"] == facts["compared"] > 0, facts=facts)
 
 
 def block_linears(model: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class TestSizes:
         assert pruned_sizes(BEFORE, "mlp", 0.25) == Sizes(mlp=96, heads=2, layers=3)
         assert pruned_sizes(BEFORE, "layers", 0.4) == Sizes(mlp=128, heads=2, layers=2)
         wide = Sizes(mlp=14336, heads=8, layers=32)
-        assert pruned_sizes(wide, "mlp", 0.3).mlp == 9984 + 64
+        assert pruned_sizes(wide, "mlp", 0.3).mlp == 9984, "10035 channels as a multiple of 256"
         assert pruned_sizes(wide, "mlp", 0.3).mlp % 64 == 0
 
     @pytest.mark.parametrize(("what", "ratio"), [("heads", 0.2), ("layers", 0.1), ("layers", 0.9), ("mlp", 0.001)])
@@ -163,6 +163,24 @@ class TestRow:
         (technique,) = bench.cell("prefill", "prune:ratio=0.5", bench.POCKET).stack.techniques
         assert not optimizations()["prune"].evidence(technique, session).ok
 
+    @pytest.mark.parametrize("options", ["recover_steps=500", "importance=magnitude"])
+    def test_what_another_artifact_has_is_caught(self, bench: Any, session: Session, options: str) -> None:
+        """A recovery that was never done, an importance that was not asked: the sizes are the same."""
+        (technique,) = bench.cell("prefill", f"prune:{options}", bench.POCKET).stack.techniques
+        assert not optimizations()["prune"].evidence(technique, session).ok
+
+    @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+    def test_other_weights_are_caught(self, bench: Any, session: Session, name: str) -> None:
+        (technique,) = bench.cell("prefill", "prune", bench.POCKET).stack.techniques
+        assert optimizations()["prune"].evidence(technique, session).ok
+        weight = session.model.get_parameter(name).data
+        kept = weight.clone()
+        weight.normal_()
+        evidence = optimizations()["prune"].evidence(technique, session)
+        weight.copy_(kept)
+        assert evidence.facts["weights_of_the_artifact"] is False
+        assert not evidence.ok
+
     def test_parameters_in_the_row(self, session: Session) -> None:
         from tasks.metrics.parameters import Parameters, Phase
 
@@ -217,8 +235,20 @@ class TestTechnique:
             ("distill:layers=1", "a student needs fewer layers"),
             ("distill:student=llama-9", "neither a named architecture"),
             ("distill:steps=0", "a budget"),
+            ("distill:steps=1", "at least 2 steps"),
         ):
             assert said in str(unsupported(bench.cell("prefill", stack, bench.POCKET), bench.device()))
+
+    def test_formats_with_groups_are_asked_about_the_width_that_is_left(self, bench: Any) -> None:
+        """Of 768 channels 576 are left, which is no multiple of 128; of 2816, 2048 are."""
+        device = dataclasses.replace(
+            bench.device(), packages={**bench.device().packages, "gptqmodel": "7.6.0", "torchao": "0.18.0"}
+        )
+        for stack in ("bf16+prune+gptq", "bf16+prune+ao-int4"):
+            refusal = str(unsupported(bench.cell("decode", stack, bench.POCKET), device))
+            assert "groups 128 inputs, pocket has 576" in refusal, refusal
+            assert unsupported(bench.cell("decode", stack.replace("+prune", ""), bench.POCKET), device) is None
+        assert pruned_sizes(Sizes(mlp=2816, heads=4, layers=12), "mlp", 0.25).mlp == 2048
 
     def test_options_files_and_seed_make_other_artifacts(self, bench: Any, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("def f():\n    return 1\n" * 1000)
