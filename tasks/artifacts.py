@@ -65,7 +65,7 @@ class ArtifactSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What lies beside an artifact's files; it is written last.
+    """What lies beside an artifact's files; it is written last, with a digest of itself.
 
     `files` maps relative names to `{"bytes", "sha256"}`. `peak_bytes` is the memory that making it took: reserved on
     the device, or, made without one, the process's resident set. `made_for` names the run that it was made for.
@@ -85,6 +85,35 @@ class Manifest:
     made_for: str
     versions: dict[str, str | None]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        fields = json.loads(json.dumps(asdict(self)))
+        return json.dumps({**fields, _DIGEST: _digest(fields)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises `ArtifactError` for what `to_json` did not write, such as manifests from before they had a digest."""
+        try:
+            fields = json.loads(text)
+            whole = fields.pop(_DIGEST) == _digest(fields)
+            manifest = cls(**fields)
+            whole = whole and isinstance(manifest.facts, dict) and all(map(_is_file_entry, manifest.files.values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"no manifest of this version: {type(error).__name__}: {error}") from error
+        if not whole or not manifest.files:
+            raise ArtifactError("the manifest is not as it was written")
+        return manifest
+
+
+_DIGEST = "digest"
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _is_file_entry(entry: dict[str, Any]) -> bool:
+    return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +136,10 @@ class Wanted:
 def artifact_spec(
     technique: Technique, job: CellJob, *, libraries: Iterable[str] = (), checkpoint: bool = True, **more: Any
 ) -> ArtifactSpec:
-    """What an artifact of a technique usually depends on: the model, all options with their files, seed, `libraries`.
+    """What an artifact of a technique usually depends on: the model, all options with their files, seed, `libraries`,
+    and the technique's `artifact_version`.
 
-    `libraries` are distributions whose version changes what is made. `more` is whatever else decides, such as
-    `version=2` after the technique's way of making has changed.
+    `libraries` are distributions whose version changes what is made. `more` is whatever else decides.
     """
     made_by, model = optimizations()[technique.name], job.cell.model
     # random weights are drawn by the device's own generator: another device has another model
@@ -126,6 +155,7 @@ def artifact_spec(
         "content": made_by.content(technique, job.search_path),
         "seed": job.seed,
         "versions": {name: version(name) for name in sorted(libraries)},
+        "version": made_by.artifact_version,
         **more,
     }
     return ArtifactSpec(maker=technique.name, inputs=inputs, checkpoint=checkpoint)
@@ -152,16 +182,23 @@ def run_name(job: CellJob) -> str:
 
 
 def find(spec: ArtifactSpec, root: Path, *, content: bool = False) -> Artifact | None:
-    """The artifact if it is there and whole: sizes are always compared, with `content` every file's SHA-256 too."""
+    """The artifact if it is there and whole: the manifest's digest, names and sizes are always compared, with `content`
+    every file's SHA-256 too."""
     folder = spec.folder(root)
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
-        whole = manifest.key == spec.key and all(
-            (folder / name).stat().st_size == facts["bytes"]
-            and (not content or _sha256(folder / name) == facts["sha256"])
-            for name, facts in manifest.files.items()
+        manifest = Manifest.from_json((folder / MANIFEST).read_text())
+        files = _plain_files(folder)
+        # the names in the folder are those of the manifest: none lies outside, and nothing is loaded that it has not
+        whole = (
+            manifest.key == spec.key
+            and files.keys() == manifest.files.keys()
+            and all(
+                path.stat().st_size == manifest.files[name]["bytes"]
+                and (not content or _sha256(path) == manifest.files[name]["sha256"])
+                for name, path in files.items()
+            )
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, ArtifactError):  # text that is no UTF-8 is a ValueError
         return None
     return Artifact(spec=spec, folder=folder, manifest=manifest) if whole else None
 
@@ -182,7 +219,7 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
         making.mkdir(parents=True)
         try:
             manifest = _fill(spec, session, fill, making)
-            (making / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+            (making / MANIFEST).write_text(manifest.to_json())
             _flush(making / MANIFEST)
             making.rename(folder)
         except BaseException:
@@ -248,14 +285,13 @@ def _fill(
     session.synchronize()
     made_s = time.perf_counter() - began
     on_device, on_host = peak_bytes(session)
-    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    if not files:
+    written = _plain_files(folder)
+    if not written:
         raise ArtifactError(f"{spec.maker} wrote nothing into its folder")
-    for path in files:
-        if path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"{spec.maker} wrote {path.name}, which is no plain file: artifacts are self-contained")
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"{spec.maker} wrote {MANIFEST}, which is the name of the store's own file")
+    for path in written.values():
         _flush(path)
-    written = {path.relative_to(folder).as_posix(): path for path in files}
     return Manifest(
         key=spec.key, maker=spec.maker, inputs=spec.inputs, base=spec.base,
         files={name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in written.items()},
@@ -263,6 +299,16 @@ def _fill(
         made_at=datetime.now(UTC).isoformat(timespec="seconds"), made_for=run_name(session.job),
         versions=dict(session.job.device.packages), facts=facts,
     )  # fmt: skip
+
+
+def _plain_files(folder: Path) -> dict[str, Path]:
+    """What lies in an artifact's folder, the manifest left out, by relative name; raises for what is no plain file."""
+    found = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    for path in found:
+        if path.is_symlink() or not path.is_file():
+            where = f"{folder.parent.name} wrote {path.relative_to(folder)}"
+            raise ArtifactError(f"{where}, which is no plain file: artifacts are self-contained")
+    return {path.relative_to(folder).as_posix(): path for path in found if path != folder / MANIFEST}
 
 
 def making_folder(spec: ArtifactSpec, root: Path) -> Path:

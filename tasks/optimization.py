@@ -118,8 +118,9 @@ class Optimization(ABC):
     (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `multiplies`
     (what its matrix products multiply where the stack computes in something else, `int8` or `fp8`: their share of a
     ceiling is null where that of such products was not measured), `runtime` (the name of what runs the model in the
-    place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and `runtime_takes` (names of techniques
-    that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
+    place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty), `runtime_takes` (names of techniques
+    that this runtime carries out itself, beside `BESIDE_A_RUNTIME`) and `artifact_version` (raised when the way of
+    making the artifact changes: artifacts are made again, and cells that were measured with the old one are too).
     """
 
     name: ClassVar[str]
@@ -135,6 +136,7 @@ class Optimization(ABC):
     multiplies: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
     runtime_takes: ClassVar[tuple[str, ...]] = ()
+    artifact_version: ClassVar[int] = 1
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""

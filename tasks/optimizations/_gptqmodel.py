@@ -88,7 +88,7 @@ class GptqModel(Optimization):
         if quantized_already(model) or (rounds(technique) and _in_place(job.cell)):
             return None
         every_kernel = replace(technique, options=tuple(item for item in technique.options if item[0] != "kernel"))
-        return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"), version=1)
+        return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"))
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         if rounds(technique):
@@ -167,7 +167,8 @@ class GptqModel(Optimization):
 
     def _round(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         """The checkpoint with every linear layer of the blocks rounded to nearest."""
-        loaded = session.load(LoadOptions(checkpoint=session.load_options.checkpoint))
+        options = LoadOptions(checkpoint=session.load_options.checkpoint)
+        loaded = session.load(options, session.kept_on(options))
         packing, head, packed = self._packing(technique), loaded.model.get_output_embeddings(), {}
         for name, module in loaded.model.named_modules():
             shape = kernels.linear_shape(module)
