@@ -19,6 +19,8 @@ from tasks.metrics.parameters import count_parameters, stored_bytes
 from tasks.models.packing import packing_of
 from tasks.optimization import Evidence, Unsupported
 from tasks.registry import optimizations
+from tasks.row import Row
+from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -158,6 +160,43 @@ class TestArtifact:
         )
         assert key("gptq:method=rtn") == key("awq:method=rtn") == [], "random weights are rounded in place"
         assert len(key("prune+gptq:method=rtn")) == 2, "what was pruned is a checkpoint"
+
+
+class TestOnTheHost:
+    """What is only read and saved need not fit on the card; random weights are the card's own."""
+
+    def asked_for(self, bench: Any, patch: pytest.MonkeyPatch, stack: str, model: ModelSpec, before: str = "") -> str:
+        job = bench.job(bench.cell("prefill", stack, model))
+        (chosen,) = [item for item in job.cell.stack.techniques if item.name in ("gptq", "awq")]
+
+        def make(session: Session) -> None:
+            session.load_options.checkpoint = before or None
+            optimizations()[chosen.name].make_artifact(chosen, session, bench.folder)
+
+        patch.setattr("tasks.optimizations._gptq_calibrate.import_library", lambda: None)
+        return str(bench.device_asked_for(patch, job, make))
+
+    @pytest.mark.parametrize("method", ["gptq", "awq"])
+    def test_rounding(self, bench: Any, small: ModelSpec, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        rounded = f"{method}:method=rtn"
+        assert self.asked_for(bench, monkeypatch, rounded, bench.POCKET) == "cpu"
+        assert self.asked_for(bench, monkeypatch, f"prune+{rounded}", small, before="/pruned") == "cpu"
+
+    def test_what_is_saved_for_the_library(self, bench: Any, small: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = ModelSpec(id="theirs", source="hub", reference="they/theirs", kind="language")
+        assert self.asked_for(bench, monkeypatch, "gptq", hub) == "cpu"
+        assert self.asked_for(bench, monkeypatch, "gptq", small) == "cuda"
+
+    def test_rounds_there(self, bench: Any, small: ModelSpec, tmp_path: Path) -> None:
+        """The whole of it in a session on a card that is not there."""
+        import torch
+
+        job = bench.job(bench.cell("prefill", "gptq:method=rtn", bench.stored(small)))
+        (chosen,) = job.cell.stack.techniques
+        session = Session(job=job, device=torch.device("cuda"), row=Row())
+        facts = optimizations()["gptq"].make_artifact(chosen, session, tmp_path)
+        assert facts is not None and facts["method"] == "rtn"
+        assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
 
 
 @backends
