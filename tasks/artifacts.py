@@ -9,14 +9,12 @@ it twice. Nothing in it points outside. `docs/artifacts.md` says how a technique
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Technique, digest
 from tasks.environment import version
+from tasks.manifest import MANIFEST, ArtifactError, Manifest, plain_files, sha256_of
 from tasks.models.identity import job_checkpoint
 from tasks.optimization import Optimization
 from tasks.registry import optimizations
@@ -33,12 +32,7 @@ if TYPE_CHECKING:
     from tasks.job import CellJob
     from tasks.session import Session
 
-MANIFEST = "manifest.json"
 FORMAT = 1  # raised when the layout of the store changes: older artifacts are not found
-
-
-class ArtifactError(RuntimeError):
-    """An artifact that is not in the store although it should be, or that cannot be kept there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,59 +55,6 @@ class ArtifactSpec:
 
     def folder(self, root: Path) -> Path:
         return root / self.maker / self.key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What lies beside an artifact's files; it is written last, with a digest of itself.
-
-    `files` maps relative names to `{"bytes", "sha256"}`. `peak_bytes` is the memory that making it took: reserved on
-    the device, or, made without one, the process's resident set. `made_for` names the run that it was made for.
-    `facts` is what the technique's `make_artifact` returned.
-    """
-
-    key: str
-    maker: str
-    inputs: dict[str, Any]
-    base: str | None
-    files: dict[str, dict[str, Any]]
-    made_s: float
-    peak_bytes: int
-    peak_host_bytes: int
-    device: str
-    made_at: str
-    made_for: str
-    versions: dict[str, str | None]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        fields = json.loads(json.dumps(asdict(self)))
-        return json.dumps({**fields, _DIGEST: _digest(fields)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Raises `ArtifactError` for what `to_json` did not write, such as manifests from before they had a digest."""
-        try:
-            fields = json.loads(text)
-            whole = fields.pop(_DIGEST) == _digest(fields)
-            manifest = cls(**fields)
-            whole = whole and isinstance(manifest.facts, dict) and all(map(_is_file_entry, manifest.files.values()))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"no manifest of this version: {type(error).__name__}: {error}") from error
-        if not whole or not manifest.files:
-            raise ArtifactError("the manifest is not as it was written")
-        return manifest
-
-
-_DIGEST = "digest"
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _is_file_entry(entry: dict[str, Any]) -> bool:
-    return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,14 +128,14 @@ def find(spec: ArtifactSpec, root: Path, *, content: bool = False) -> Artifact |
     folder = spec.folder(root)
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_text())
-        files = _plain_files(folder)
+        files = plain_files(folder)
         # the names in the folder are those of the manifest: none lies outside, and nothing is loaded that it has not
         whole = (
             manifest.key == spec.key
             and files.keys() == manifest.files.keys()
             and all(
                 path.stat().st_size == manifest.files[name]["bytes"]
-                and (not content or _sha256(path) == manifest.files[name]["sha256"])
+                and (not content or sha256_of(path) == manifest.files[name]["sha256"])
                 for name, path in files.items()
             )
         )
@@ -263,6 +204,12 @@ def makers(job: CellJob) -> int:
     return sum(cls.artifact is not Optimization.artifact for cls in known)
 
 
+def builders(job: CellJob) -> int:
+    """How many techniques of the stack may have something compiled before it runs: for time limits."""
+    known = (type(optimizations()[name]) for name in job.cell.stack.names())
+    return sum(cls.kernels_to_build is not Optimization.kernels_to_build for cls in known)
+
+
 def _take(item: Wanted, session: Session) -> None:
     """Give the session what lies in the store; a checkpoint is what it will load."""
     root = Path(session.job.artifact_dir)
@@ -285,7 +232,7 @@ def _fill(
     session.synchronize()
     made_s = time.perf_counter() - began
     on_device, on_host = peak_bytes(session)
-    written = _plain_files(folder)
+    written = plain_files(folder)
     if not written:
         raise ArtifactError(f"{spec.maker} wrote nothing into its folder")
     if (folder / MANIFEST).exists():
@@ -294,21 +241,11 @@ def _fill(
         _flush(path)
     return Manifest(
         key=spec.key, maker=spec.maker, inputs=spec.inputs, base=spec.base,
-        files={name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in written.items()},
+        files={name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in written.items()},
         made_s=made_s, peak_bytes=on_device or on_host, peak_host_bytes=on_host, device=session.job.device.name,
         made_at=datetime.now(UTC).isoformat(timespec="seconds"), made_for=run_name(session.job),
         versions=dict(session.job.device.packages), facts=facts,
     )  # fmt: skip
-
-
-def _plain_files(folder: Path) -> dict[str, Path]:
-    """What lies in an artifact's folder, the manifest left out, by relative name; raises for what is no plain file."""
-    found = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    for path in found:
-        if path.is_symlink() or not path.is_file():
-            where = f"{folder.parent.name} wrote {path.relative_to(folder)}"
-            raise ArtifactError(f"{where}, which is no plain file: artifacts are self-contained")
-    return {path.relative_to(folder).as_posix(): path for path in found if path != folder / MANIFEST}
 
 
 def making_folder(spec: ArtifactSpec, root: Path) -> Path:
@@ -330,11 +267,6 @@ def locked(spec: ArtifactSpec, root: Path, *, wait: bool = True) -> Iterator[boo
             yield False
             return
         yield True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

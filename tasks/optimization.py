@@ -162,6 +162,18 @@ class Optimization(ABC):
         """
         raise NotImplementedError(f"{self.name} makes no artifact")
 
+    def kernels_to_build(self, technique: Technique, job: CellJob) -> str | None:
+        """A name for what `build_kernels` may have to compile on this node before the cell, or None; needs no torch."""
+        return None
+
+    def build_kernels(self, technique: Technique, session: Session) -> float:
+        """Compile it, unless that was done; the seconds that took.
+
+        Runs in a process of its own, where artifacts are at hand, the techniques of the stack have edited
+        `session.load_options`, and nothing is loaded. Whatever it raises is left to the cell to find out.
+        """
+        raise NotImplementedError(f"{self.name} builds nothing")
+
     def resident(self, technique: Technique) -> float:
         """Share of the blocks' weights that stays on the device, for the predicted footprint."""
         return 1.0

@@ -27,7 +27,7 @@ from tasks.optimizations._gptq_plan import (
     unfit,
     unlike,
 )
-from tasks.stacks import option
+from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,17 @@ class GptqModel(Optimization):
         from tasks.optimizations._gptq_calibrate import calibrate
 
         return calibrate(self.name, technique, session, folder)
+
+    def kernels_to_build(self, technique: Technique, job: CellJob) -> str | None:
+        wanted, cell = str(option(technique, "kernel")), job.cell
+        reason = no_kernel(replace(technique, options=(("kernel", "marlin"),)), 4, job.device)
+        # both methods have the same source, which is compiled for each dtype
+        return None if reason or wanted not in ("auto", "marlin") else f"marlin {precision_of(cell) or cell.model.id}"
+
+    def build_kernels(self, technique: Technique, session: Session) -> float:
+        packing = quantized_already(session.job.cell.model) or self._packing(technique)
+        kernel = choose(self.name, str(option(technique, "kernel")), packing, session.device)
+        return kernels.build(kernel, _dtype(session.load_options, session))
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         model, artifact = session.job.cell.model, session.artifacts.get(self.name)

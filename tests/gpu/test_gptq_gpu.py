@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import MANIFEST
 from tasks.cell import ModelSpec
 from tasks.device import DeviceInfo
+from tasks.manifest import MANIFEST
 from tasks.optimization import Evidence
 from tasks.registry import optimizations
 from tasks.stacks import parse_stack, unsupported

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import MANIFEST, ArtifactError, ArtifactSpec, clear_interrupted, find, make
+from tasks.artifacts import ArtifactSpec, clear_interrupted, find, make
+from tasks.manifest import MANIFEST, ArtifactError
 from tasks.row import Row
 from tasks.session import Session
 

@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -197,6 +200,55 @@ class TestOnTheHost:
         facts = optimizations()["gptq"].make_artifact(chosen, session, tmp_path)
         assert facts is not None and facts["method"] == "rtn"
         assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+
+
+class TestBuilding:
+    """Marlin is compiled before the cell, once for each dtype, and no other kernel is."""
+
+    @pytest.mark.parametrize(
+        ("stack", "expected"),
+        [
+            ("bf16+gptq", "marlin bf16"),
+            ("bf16+awq:kernel=marlin,method=rtn", "marlin bf16"),
+            ("fp16+gptq:bits=8", "marlin fp16"),
+            ("gptq", "marlin pocket"),
+            ("bf16+gptq:kernel=triton", None),
+        ],
+    )
+    def test_names(self, bench: Any, stack: str, expected: str | None) -> None:
+        cell = bench.cell("prefill", stack, bench.POCKET)
+        chosen = cell.stack.techniques[-1]
+        technique = optimizations()[chosen.name]
+        assert technique.kernels_to_build(chosen, bench.job(cell, device=bench.device("cuda"))) == expected
+        for other in (bench.device(), bench.device("cuda", compute_capability=(7, 5))):
+            assert technique.kernels_to_build(chosen, bench.job(cell, device=other)) is None
+
+    @pytest.mark.parametrize(("kernel", "compiled"), [("marlin", True), ("triton", False)])
+    def test_compiles_what_will_run(
+        self, bench: Any, kernel: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import torch
+
+        from tasks.optimizations._gptq_kernels import KERNELS
+
+        built: list[torch.dtype] = []
+
+        def prewarm(dtype: torch.dtype) -> bool:
+            time.sleep(0.05)
+            built.append(dtype)
+            return True
+
+        marlin = ModuleType("gptqmodel.utils.marlin")
+        marlin.prewarm_marlin_extension = prewarm  # type: ignore[attr-defined]
+        for module in (ModuleType("gptqmodel"), ModuleType("gptqmodel.utils"), marlin):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr("tasks.optimizations._gptqmodel.choose", lambda *_: KERNELS["awq"][kernel])
+        job = bench.job(bench.cell("prefill", "bf16+awq", bench.POCKET))
+        session = Session(job=job, device=torch.device("cuda"), row=Row())
+        session.load_options.dtype = "bfloat16"
+        seconds = optimizations()["awq"].build_kernels(job.cell.stack.techniques[-1], session)
+        assert built == ([torch.bfloat16] if compiled else [])
+        assert 0.05 <= seconds < 5 if compiled else seconds == 0
 
 
 @backends

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifacts import MANIFEST, ArtifactSpec, Manifest, find
+from tasks.artifacts import ArtifactSpec, find
+from tasks.manifest import MANIFEST, Manifest
 from tasks.sharing import CHUNK_BYTES, disturbing, machine_folder, parts, receive, undisturbed
 
 SPEC = ArtifactSpec(maker="gptq", inputs={"bits": 4})
