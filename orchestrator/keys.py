@@ -42,12 +42,19 @@ class KeyMaker:
         shared = (cell.model, cell.workload.kind, machine)
         if shared not in self._identities:
             self._identities[shared] = self._identity(cell, machine)
-        backends = [package for name in cell.stack.names() for package in self._backends.get(name, ())]
+        stack = [optimizations()[name] for name in cell.stack.names()]
+        backends = [package for technique in stack for package in technique.needs.packages]
+        # of those that a technique can do without, what is there may be what it runs on
+        optional = (package for technique in stack for package in technique.needs.optional_packages)
+        backends += [package for package in optional if package in device.packages]
         if self._sweep.quality.tasks and self._quality(cell):
             backends.append(PACKAGE)
         versions = tuple((name, device.packages.get(name)) for name in (*_LIBRARIES, *backends))
         content = {item.name: found for item in cell.stack.techniques if (found := self._content(item))}
-        own = f'"content":{canonical_json(content)},' if content else ""
+        # 1 is left out, as in keys from before there were versions
+        made = {technique.name: version for technique in stack if (version := technique.artifact_version) != 1}
+        facts = {key: value for key, value in (("artifact_version", made), ("content", content)) if value}
+        own = f"{canonical_json(facts)[1:-1]}," if facts else ""
         return result_key(f'{{"cell_id":"{cell.cell_id}",{own}{self._identities[shared]}', versions)
 
     def _identity(self, cell: Cell, machine: str) -> str:
@@ -107,10 +114,6 @@ class KeyMaker:
             "tasks_path": content_hash(wanted.tasks_path or ""),
             "tasks_limit": wanted.tasks_limit,
         }
-
-    @cached_property
-    def _backends(self) -> dict[str, tuple[str, ...]]:
-        return {name: technique.needs.packages for name, technique in optimizations().items()}
 
 
 def distinct_machines(devices: Iterable[tuple[Node, DeviceInfo]]) -> list[tuple[Node, DeviceInfo]]:

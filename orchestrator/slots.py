@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.inventory import NODE_ID_LABEL, Node, is_accelerator
-from tasks.artifacts import makers
+from tasks.artifacts import builders, makers
 from tasks.device import DeviceInfo
 from tasks.job import CellJob
 from tasks.quality import reference_s
@@ -186,12 +186,13 @@ def to_wire(jobs: Sequence[CellJob], compiled: Collection[str]) -> bytes:
 
 
 def limit_s(job: CellJob, *, shared: bool = False) -> float:
-    """The longest that a runner may take for this run: the cell, the quality reference and the stack's artifacts.
+    """The longest that a runner may take for this run: the cell, the reference, the stack's artifacts and kernels.
 
     With other nodes (`shared`) it may wait in vain, and as long, for what another makes.
     """
     making_s = job.artifact_timeout_s * makers(job) + reference_s(job)
-    return job.timeout_s + making_s * (2 if shared else 1) + max(DISTURBED_S, job.timeout_s)
+    building_s = job.artifact_timeout_s * builders(job)
+    return job.timeout_s + building_s + making_s * (2 if shared else 1) + max(DISTURBED_S, job.timeout_s)
 
 
 def bind(slot: BenchSlot, given: list[str], slots: Sequence[BenchSlot]) -> None:

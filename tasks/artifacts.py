@@ -9,14 +9,12 @@ it twice. Nothing in it points outside. `docs/artifacts.md` says how a technique
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Technique, digest
 from tasks.environment import version
+from tasks.manifest import MANIFEST, ArtifactError, Manifest, plain_files, sha256_of
 from tasks.models.identity import job_checkpoint
 from tasks.optimization import Optimization
 from tasks.registry import optimizations
@@ -33,12 +32,7 @@ if TYPE_CHECKING:
     from tasks.job import CellJob
     from tasks.session import Session
 
-MANIFEST = "manifest.json"
 FORMAT = 1  # raised when the layout of the store changes: older artifacts are not found
-
-
-class ArtifactError(RuntimeError):
-    """An artifact that is not in the store although it should be, or that cannot be kept there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,30 +58,6 @@ class ArtifactSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What lies beside an artifact's files; it is written last.
-
-    `files` maps relative names to `{"bytes", "sha256"}`. `peak_bytes` is the memory that making it took: reserved on
-    the device, or, made without one, the process's resident set. `made_for` names the run that it was made for.
-    `facts` is what the technique's `make_artifact` returned.
-    """
-
-    key: str
-    maker: str
-    inputs: dict[str, Any]
-    base: str | None
-    files: dict[str, dict[str, Any]]
-    made_s: float
-    peak_bytes: int
-    peak_host_bytes: int
-    device: str
-    made_at: str
-    made_for: str
-    versions: dict[str, str | None]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """An artifact that lies in the store, as it was found whole."""
 
@@ -107,10 +77,10 @@ class Wanted:
 def artifact_spec(
     technique: Technique, job: CellJob, *, libraries: Iterable[str] = (), checkpoint: bool = True, **more: Any
 ) -> ArtifactSpec:
-    """What an artifact of a technique usually depends on: the model, all options with their files, seed, `libraries`.
+    """What an artifact of a technique usually depends on: the model, all options with their files, seed, `libraries`,
+    and the technique's `artifact_version`.
 
-    `libraries` are distributions whose version changes what is made. `more` is whatever else decides, such as
-    `version=2` after the technique's way of making has changed.
+    `libraries` are distributions whose version changes what is made. `more` is whatever else decides.
     """
     made_by, model = optimizations()[technique.name], job.cell.model
     # random weights are drawn by the device's own generator: another device has another model
@@ -126,6 +96,7 @@ def artifact_spec(
         "content": made_by.content(technique, job.search_path),
         "seed": job.seed,
         "versions": {name: version(name) for name in sorted(libraries)},
+        "version": made_by.artifact_version,
         **more,
     }
     return ArtifactSpec(maker=technique.name, inputs=inputs, checkpoint=checkpoint)
@@ -152,16 +123,23 @@ def run_name(job: CellJob) -> str:
 
 
 def find(spec: ArtifactSpec, root: Path, *, content: bool = False) -> Artifact | None:
-    """The artifact if it is there and whole: sizes are always compared, with `content` every file's SHA-256 too."""
+    """The artifact if it is there and whole: the manifest's digest, names and sizes are always compared, with `content`
+    every file's SHA-256 too."""
     folder = spec.folder(root)
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
-        whole = manifest.key == spec.key and all(
-            (folder / name).stat().st_size == facts["bytes"]
-            and (not content or _sha256(folder / name) == facts["sha256"])
-            for name, facts in manifest.files.items()
+        manifest = Manifest.from_json((folder / MANIFEST).read_text())
+        files = plain_files(folder)
+        # the names in the folder are those of the manifest: none lies outside, and nothing is loaded that it has not
+        whole = (
+            manifest.key == spec.key
+            and files.keys() == manifest.files.keys()
+            and all(
+                path.stat().st_size == manifest.files[name]["bytes"]
+                and (not content or sha256_of(path) == manifest.files[name]["sha256"])
+                for name, path in files.items()
+            )
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, ArtifactError):  # text that is no UTF-8 is a ValueError
         return None
     return Artifact(spec=spec, folder=folder, manifest=manifest) if whole else None
 
@@ -182,7 +160,7 @@ def make(spec: ArtifactSpec, session: Session, fill: Callable[[Path], dict[str, 
         making.mkdir(parents=True)
         try:
             manifest = _fill(spec, session, fill, making)
-            (making / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+            (making / MANIFEST).write_text(manifest.to_json())
             _flush(making / MANIFEST)
             making.rename(folder)
         except BaseException:
@@ -226,6 +204,12 @@ def makers(job: CellJob) -> int:
     return sum(cls.artifact is not Optimization.artifact for cls in known)
 
 
+def builders(job: CellJob) -> int:
+    """How many techniques of the stack may have something compiled before it runs: for time limits."""
+    known = (type(optimizations()[name]) for name in job.cell.stack.names())
+    return sum(cls.kernels_to_build is not Optimization.kernels_to_build for cls in known)
+
+
 def _take(item: Wanted, session: Session) -> None:
     """Give the session what lies in the store; a checkpoint is what it will load."""
     root = Path(session.job.artifact_dir)
@@ -248,17 +232,16 @@ def _fill(
     session.synchronize()
     made_s = time.perf_counter() - began
     on_device, on_host = peak_bytes(session)
-    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    if not files:
+    written = plain_files(folder)
+    if not written:
         raise ArtifactError(f"{spec.maker} wrote nothing into its folder")
-    for path in files:
-        if path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"{spec.maker} wrote {path.name}, which is no plain file: artifacts are self-contained")
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"{spec.maker} wrote {MANIFEST}, which is the name of the store's own file")
+    for path in written.values():
         _flush(path)
-    written = {path.relative_to(folder).as_posix(): path for path in files}
     return Manifest(
         key=spec.key, maker=spec.maker, inputs=spec.inputs, base=spec.base,
-        files={name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in written.items()},
+        files={name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in written.items()},
         made_s=made_s, peak_bytes=on_device or on_host, peak_host_bytes=on_host, device=session.job.device.name,
         made_at=datetime.now(UTC).isoformat(timespec="seconds"), made_for=run_name(session.job),
         versions=dict(session.job.device.packages), facts=facts,
@@ -284,11 +267,6 @@ def locked(spec: ArtifactSpec, root: Path, *, wait: bool = True) -> Iterator[boo
             yield False
             return
         yield True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -118,8 +118,9 @@ class Optimization(ABC):
     (one sentence why the host takes part in every step, so that no CUDA graph can hold one; else empty), `multiplies`
     (what its matrix products multiply where the stack computes in something else, `int8` or `fp8`: their share of a
     ceiling is null where that of such products was not measured), `runtime` (the name of what runs the model in the
-    place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty) and `runtime_takes` (names of techniques
-    that this runtime carries out itself, beside `BESIDE_A_RUNTIME`).
+    place of torch, through a `tasks.models.runtime.RuntimeModel`; else empty), `runtime_takes` (names of techniques
+    that this runtime carries out itself, beside `BESIDE_A_RUNTIME`) and `artifact_version` (raised when the way of
+    making the artifact changes: artifacts are made again, and cells that were measured with the old one are too).
     """
 
     name: ClassVar[str]
@@ -135,6 +136,7 @@ class Optimization(ABC):
     multiplies: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
     runtime_takes: ClassVar[tuple[str, ...]] = ()
+    artifact_version: ClassVar[int] = 1
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         """One sentence why this cell cannot work on `device`, or None. Overrides call `super()` first."""
@@ -159,6 +161,18 @@ class Optimization(ABC):
         Raise `Unsupported` where it cannot be made: that becomes the cells' outcome.
         """
         raise NotImplementedError(f"{self.name} makes no artifact")
+
+    def kernels_to_build(self, technique: Technique, job: CellJob) -> str | None:
+        """A name for what `build_kernels` may have to compile on this node before the cell, or None; needs no torch."""
+        return None
+
+    def build_kernels(self, technique: Technique, session: Session) -> float:
+        """Compile it, unless that was done; the seconds that took.
+
+        Runs in a process of its own, where artifacts are at hand, the techniques of the stack have edited
+        `session.load_options`, and nothing is loaded. Whatever it raises is left to the cell to find out.
+        """
+        raise NotImplementedError(f"{self.name} builds nothing")
 
     def resident(self, technique: Technique) -> float:
         """Share of the blocks' weights that stays on the device, for the predicted footprint."""

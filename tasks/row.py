@@ -85,6 +85,7 @@ TIME = (
         ("measure_s", "all measuring passes"),
         ("quality_s", "quality passes"),
         ("idle_s", "waiting for temperature"),
+        ("kernels_built_s", "compiling kernels for the stack on this node before the run; no part of wall_s"),
         ("overhead_s", "the rest of wall_s: process, evidence, bookkeeping, result"),
         ("wall_s", "from handing the job to the isolated process to its row"),
     ),

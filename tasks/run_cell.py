@@ -188,6 +188,17 @@ class _Life:
 
 def bring_up(session: Session) -> None:
     """Load the model as the stack wants it, apply the techniques in order, make the step with its inputs."""
+    _edit_load(session)
+    if session.workload.needs_model:
+        session.row.set(weights=session.load().weights or Missing(reason="a factory does not say"))
+    for technique, chosen in session.techniques:
+        technique.apply(chosen, session)
+    session.step = session.workload.prepare(session)
+    session.synchronize()
+
+
+def _edit_load(session: Session) -> None:
+    """Let artifacts and techniques say how the model is to be loaded."""
     from tasks.artifacts import attach
 
     if session.on_cuda:
@@ -197,12 +208,6 @@ def bring_up(session: Session) -> None:
     attach(session)
     for technique, chosen in session.techniques:
         technique.load(session.load_options, chosen, session)
-    if session.workload.needs_model:
-        session.row.set(weights=session.load().weights or Missing(reason="a factory does not say"))
-    for technique, chosen in session.techniques:
-        technique.apply(chosen, session)
-    session.step = session.workload.prepare(session)
-    session.synchronize()
 
 
 @contextmanager
@@ -264,6 +269,22 @@ def artifact(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, 
     return {"key": found.spec.key, "made": made}
 
 
+def build(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
+    """Have a technique of the stack (`builder`) compile its kernels: `{"built_s"}`, or `{"reason"}` where it cannot."""
+    from tasks.conditions import prepare_process
+
+    phase_file.write_text(f"build {payload['builder']}")
+    job = CellJob.from_dict(payload["job"])
+    try:
+        session = Session(job=job, device=prepare_process(job), row=Row())
+        _edit_load(session)
+        (builder,) = (item for item in session.techniques if item[0].name == payload["builder"])
+        return {"built_s": builder[0].build_kernels(builder[1], session)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"reason": classify(error)[1]}
+
+
 def pid_only(payload: dict[str, Any], phase_file: Path, kind: str) -> dict[str, Any]:
     """The least duty: proves that isolation works, and what it costs."""
     return {"pid": os.getpid(), "kind": kind, **payload}
@@ -273,5 +294,6 @@ DUTIES: dict[str, Callable[[dict[str, Any], Path, str], dict[str, Any]]] = {
     "cell": run_cell,
     "facts": facts,
     "artifact": artifact,
+    "build": build,
     "nothing": pid_only,
 }

@@ -92,16 +92,29 @@ class Session:
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def load(self, options: LoadOptions | None = None) -> LoadedModel:
-        """The cell's model on the device, as `options` say, by default as the stack does; it is kept as `loaded`."""
+    def load(self, options: LoadOptions | None = None, device: torch.device | None = None) -> LoadedModel:
+        """The cell's model as `options` say, by default as the stack does; it is kept as `loaded`.
+
+        It lies on `device`, by default the session's; a `loader` of the options has its own mind.
+        """
         from tasks.models.load import load
 
         options = options or self.load_options
         if options.loader is not None:
             self.loaded = options.loader(self)
         else:
-            self.loaded = load(self.job.cell.model, options, self.device, self.job.search_path)
+            self.loaded = load(self.job.cell.model, options, device or self.device, self.job.search_path)
         return self.loaded
+
+    def kept_on(self, options: LoadOptions) -> torch.device:
+        """Where a model that is only read and saved is loaded: on the host, so that it need not fit on the device.
+
+        Random weights are those that the device's own generator draws.
+        """
+        import torch
+
+        drawn = options.checkpoint is None and self.job.cell.model.source == "random"
+        return self.device if drawn else torch.device("cpu")
 
     def synchronize(self) -> None:
         if self.on_cuda:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from tasks.artifacts import MANIFEST, ArtifactSpec, find, locked, making_folder
+from tasks.artifacts import ArtifactSpec, find, locked, making_folder
+from tasks.manifest import MANIFEST
 
 CHUNK_BYTES = 8 * 2**20
 # (name of the file relative to the artifact's folder, some of its bytes); chunks of a file come in order
@@ -56,7 +57,7 @@ def receive(spec: ArtifactSpec, root: Path, stream: Iterable[Part]) -> bool:
     """
     folder, making = spec.folder(root), making_folder(spec, root)
     with locked(spec, root):
-        if find(spec, root) is not None:
+        if find(spec, root, content=True) is not None:  # who asks has perhaps found it broken inside
             return True
         for leftover in (making, folder):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -12,6 +12,7 @@ from tasks.device import DeviceInfo
 from tasks.identity import job_columns
 from tasks.isolation import Completed, Isolation
 from tasks.job import PROFILES, CellJob, RunResult
+from tasks.metric import Missing
 from tasks.models.identity import checkpoint_hash
 from tasks.quality import on_the_host, reference_serves_all, reference_spec, why_not_judged
 from tasks.registry import optimizations, workloads
@@ -37,6 +38,7 @@ class Supervisor:
         self.cpus = cpus
         self._sharing = sharing or Alone()
         self._verified: set[str] = set()  # keys of artifacts whose content was compared by this supervisor
+        self._built: set[str] = set()  # names of what this supervisor has had compiled, or has tried to
         self._impossible: dict[str, Row] = {}  # keys of artifacts that could not be made, and what became of it
         environment = {}
         if device.kind == "cpu":
@@ -81,6 +83,7 @@ class Supervisor:
         failure = self._have_made(job, wanted(job), _reference(job))
         if failure is not None:
             return RunResult(row=failure.to_dict())
+        built_s = self._have_built(job)
         executed = job.executed or PROFILES[job.profile].executed
         executed = executed or any(known[name].executed for name in job.cell.stack.names())
         with undisturbed():
@@ -88,8 +91,8 @@ class Supervisor:
                 "cell", job.to_dict(), timeout_s=job.timeout_s, executed=executed, environment=environment
             )
         if done.result is None:
-            return RunResult(row=_obituary(job, done).to_dict())
-        row = _with_wall(done.result["row"], done)
+            return RunResult(row=_obituary(job, done, built_s).to_dict())
+        row = _with_wall(done.result["row"], done, built_s)
         if done.kind == "exec" and not executed:
             row["flags"] = [*row["flags"], "executed_instead"]  # the server refused to fork: unlike the others
         return RunResult(row=row, samples=done.result["samples"])
@@ -103,6 +106,30 @@ class Supervisor:
         if reference is not None:
             self._ensure(reference, job)  # without it the row's quality is null and says so
         return None
+
+    def _have_built(self, job: CellJob) -> float | Missing:
+        """Have compiled what the stack's kernels lack on this node, which may take minutes that are not the cell's.
+
+        The seconds that took. Once in this supervisor's life: a cell that lacks it then finds out for itself.
+        """
+        seconds, reason = 0.0, "nothing was to be compiled before this run"
+        for technique in job.cell.stack.techniques:
+            known = optimizations()[technique.name]
+            what = known.kernels_to_build(technique, job)
+            if what is None or what in self._built:
+                continue
+            self._built.add(what)
+            done = self._isolation.run(
+                "build",
+                {"job": replace(job, memory_budget_bytes=None).to_dict(), "builder": technique.name},
+                timeout_s=job.artifact_timeout_s,
+                executed=known.executed,
+                environment=known.environment(technique),
+            )
+            found = done.result or {"reason": _what_happened(done, job.artifact_timeout_s)}
+            seconds += found.get("built_s", 0.0)
+            reason = f"could not be compiled: {found['reason']}" if "reason" in found else reason
+        return seconds if seconds > 0 else Missing(reason=reason)
 
     def _ensure(self, spec: ArtifactSpec, job: CellJob, technique: Technique | None = None) -> Row | None:
         """Have it whole in the store: it is there, it comes from another node, or it is made; else what became of it.
@@ -166,10 +193,11 @@ class Supervisor:
         self._isolation.close()
 
 
-def _with_wall(data: dict[str, Any], done: Completed) -> dict[str, Any]:
+def _with_wall(data: dict[str, Any], done: Completed, built_s: float | Missing) -> dict[str, Any]:
     row = Row.from_dict(data)
     accounted = sum(row[name] or 0.0 for name in TIME_COLUMNS)  # a phase not reached took no time
     row.set(wall_s=done.wall_s, overhead_s=max(done.wall_s - accounted, 0.0), process_kind=done.kind)
+    row.set(kernels_built_s=built_s)
     return row.to_dict()
 
 
@@ -203,9 +231,10 @@ def _verdict(job: CellJob, failure: Row, technique: Technique) -> Row:
     return row
 
 
-def _obituary(job: CellJob, done: Completed) -> Row:
+def _obituary(job: CellJob, done: Completed, built_s: float | Missing | None = None) -> Row:
     row = Row()
     row.set(**job_columns(job), wall_s=done.wall_s, overhead_s=done.wall_s, process_kind=done.kind)
+    row.set(kernels_built_s=built_s)
     outcome = Outcome.CRASHED
     if done.timed_out:
         outcome = Outcome.TIMEOUT

@@ -60,6 +60,10 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class AskedFor(Exception):
+    """Raised in the place of loading: the device that was asked for."""
+
+
 class Bench:
     """Makes cells of tiny models, and brings them to life."""
 
@@ -76,6 +80,18 @@ class Bench:
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(config))
         return ModelSpec(id=name, source="random", reference=str(path), kind=kind)
+
+    def stored(self, model: ModelSpec) -> ModelSpec:
+        """A model with random weights as a checkpoint in a folder."""
+        import torch
+
+        from tasks.models.load import load
+        from tasks.optimization import LoadOptions
+
+        folder = self.folder / f"{model.id}-stored"
+        if not folder.exists():
+            load(model, LoadOptions(), torch.device("cpu"), ()).model.save_pretrained(folder)
+        return ModelSpec(id=folder.name, source="path", reference=str(folder), kind=model.kind)
 
     def factory(self, code: str, function: str = "make") -> tuple[ModelSpec, tuple[str, ...]]:
         """A model of a module with this text, and the search path where it lies."""
@@ -152,6 +168,21 @@ class Bench:
                 session.step.run(0, _ignore)
             yield session
         forget_compilations()
+
+    @staticmethod
+    def device_asked_for(patch: pytest.MonkeyPatch, job: CellJob, make: Callable[[Session], Any]) -> str:
+        """Where `make` wants the model, in a session on a card, which need not be there."""
+        import torch
+
+        from tasks.row import Row
+
+        def load(spec: Any, options: Any, device: torch.device, search_path: Any) -> None:
+            raise AskedFor(device.type)
+
+        patch.setattr("tasks.models.load.load", load)
+        with pytest.raises(AskedFor) as asked:
+            make(Session(job=job, device=torch.device("cuda"), row=Row()))
+        return str(asked.value)
 
     def attach(self, session: Session, stack: Stack) -> None:
         """Give the session the artifacts of `stack`, made in this process where they are not in the store."""

@@ -58,7 +58,8 @@ def _source(session: Session, plain: Path) -> Path:
     spec, before = session.job.cell.model, session.load_options.checkpoint
     folder = Path(before) if before else checkpoint_folder(spec)
     if folder is None:  # random weights, or on the hub
-        loaded = session.load(LoadOptions())
+        options = LoadOptions()
+        loaded = session.load(options, session.kept_on(options))
         save_checkpoint(loaded.model, loaded.tokenizer, plain)
         config, tokenizer = loaded.config, loaded.tokenizer
     else:

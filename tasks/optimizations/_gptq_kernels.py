@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
@@ -31,7 +32,8 @@ class Kernel:
     """`backend` is its name in the library, `layer` the class of its layers; `zeros` and `order` are what it keeps.
 
     Bytes of a layer: codes, `scale_bytes` for a group's scale and zero point beside packed ones (`zeros`), and
-    `order_bytes` for each input's group or place.
+    `order_bytes` for each input's group or place. What is `compiled` comes as source: nvcc takes minutes at its first
+    use on a node.
     """
 
     backend: str
@@ -45,6 +47,7 @@ class Kernel:
     scale_bytes: int = 2
     packed_zeros: bool = True
     order_bytes: int = 0
+    compiled: bool = False
 
     def layer_bytes(self, inputs: int, outputs: int, bits: int, group: int, *, act_order: bool = False) -> float:
         """Storage of a layer's weight by the format's arithmetic; with `act_order` every kernel keeps the order."""
@@ -60,7 +63,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "gptq": {
         "marlin": Kernel(
             backend="gptq_marlin", layer="MarlinLinear", devices=("cuda",), bits=(4, 8), compute_capability=(8, 0),
-            symmetric_only=True, packed_zeros=False,
+            symmetric_only=True, packed_zeros=False, compiled=True,
         ),
         "triton": Kernel(
             backend="gptq_triton", layer="TritonV2Linear", devices=("cuda",), bits=(4, 8), package="triton",
@@ -76,7 +79,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     },
     "awq": {
         "marlin": Kernel(
-            backend="awq_marlin", layer="AwqMarlinLinear", devices=("cuda",), compute_capability=(8, 0)
+            backend="awq_marlin", layer="AwqMarlinLinear", devices=("cuda",), compute_capability=(8, 0), compiled=True
         ),
         "triton": Kernel(
             backend="awq_gemm_triton", layer="AwqGEMMTritonLinear", devices=("cuda",), package="triton"
@@ -118,6 +121,19 @@ def import_library() -> Any:
     with undisturbed():
         import gptqmodel
     return gptqmodel
+
+
+def build(kernel: Kernel, dtype: torch.dtype) -> float:
+    """Compile a kernel that comes as source, for layers that compute in `dtype`; seconds, few where that was done."""
+    if not kernel.compiled:
+        return 0.0
+    import_library()
+    began = time.perf_counter()
+    with undisturbed():
+        from gptqmodel.utils.marlin import prewarm_marlin_extension
+
+        prewarm_marlin_extension(dtype)
+    return time.perf_counter() - began
 
 
 def layer_class(kernel: Kernel) -> Any:

@@ -27,7 +27,7 @@ from tasks.optimizations._gptq_plan import (
     unfit,
     unlike,
 )
-from tasks.stacks import option
+from tasks.stacks import option, precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class GptqModel(Optimization):
         if quantized_already(model) or (rounds(technique) and _in_place(job.cell)):
             return None
         every_kernel = replace(technique, options=tuple(item for item in technique.options if item[0] != "kernel"))
-        return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"), version=1)
+        return artifact_spec(every_kernel, job, libraries=("gptqmodel", "torch", "transformers"))
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         if rounds(technique):
@@ -96,6 +96,17 @@ class GptqModel(Optimization):
         from tasks.optimizations._gptq_calibrate import calibrate
 
         return calibrate(self.name, technique, session, folder)
+
+    def kernels_to_build(self, technique: Technique, job: CellJob) -> str | None:
+        wanted, cell = str(option(technique, "kernel")), job.cell
+        reason = no_kernel(replace(technique, options=(("kernel", "marlin"),)), 4, job.device)
+        # both methods have the same source, which is compiled for each dtype
+        return None if reason or wanted not in ("auto", "marlin") else f"marlin {precision_of(cell) or cell.model.id}"
+
+    def build_kernels(self, technique: Technique, session: Session) -> float:
+        packing = quantized_already(session.job.cell.model) or self._packing(technique)
+        kernel = choose(self.name, str(option(technique, "kernel")), packing, session.device)
+        return kernels.build(kernel, _dtype(session.load_options, session))
 
     def load(self, options: LoadOptions, technique: Technique, session: Session) -> None:
         model, artifact = session.job.cell.model, session.artifacts.get(self.name)
@@ -167,7 +178,8 @@ class GptqModel(Optimization):
 
     def _round(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         """The checkpoint with every linear layer of the blocks rounded to nearest."""
-        loaded = session.load(LoadOptions(checkpoint=session.load_options.checkpoint))
+        options = LoadOptions(checkpoint=session.load_options.checkpoint)
+        loaded = session.load(options, session.kept_on(options))
         packing, head, packed = self._packing(technique), loaded.model.get_output_embeddings(), {}
         for name, module in loaded.model.named_modules():
             shape = kernels.linear_shape(module)

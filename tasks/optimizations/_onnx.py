@@ -73,7 +73,7 @@ class OnnxRuntime(Optimization):
 
     def artifact(self, technique: Technique, job: Any) -> ArtifactSpec:
         libraries = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "torch", "transformers")
-        return artifact_spec(technique, job, libraries=libraries, checkpoint=False, version=1)
+        return artifact_spec(technique, job, libraries=libraries, checkpoint=False)
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         """Export in fp32 on the CPU, compare with torch, compress; configuration and tokenizer lie beside the graph."""
@@ -85,8 +85,8 @@ class OnnxRuntime(Optimization):
 
         vision = session.job.cell.model.kind == "vision"
         attention = None if vision else "eager"
-        checkpoint = session.load_options.checkpoint
-        loaded = session.load(LoadOptions(checkpoint=checkpoint, dtype="float32", attention=attention))
+        options = LoadOptions(checkpoint=session.load_options.checkpoint, dtype="float32", attention=attention)
+        loaded = session.load(options, session.kept_on(options))
         model = loaded.model.to("cpu")
         made = export_graph(model, folder, vision=vision)
         save_description(loaded, folder)

@@ -69,7 +69,7 @@ class Gguf(Optimization):
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
         libraries = ("gguf", "llama-cpp-python", "torch", "transformers")
-        return artifact_spec(technique, job, libraries=libraries, checkpoint=False, version=1)
+        return artifact_spec(technique, job, libraries=libraries, checkpoint=False)
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         import torch

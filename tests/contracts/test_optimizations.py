@@ -180,6 +180,14 @@ class TestRefusal:
             assert package in reason
             assert "pip install" in reason
 
+    def test_artifacts_and_rows_have_one_version(self, bench: Any, name: str) -> None:
+        """A version that `artifact_spec` alone is given makes artifacts again and leaves the rows of the old ones."""
+        technique, cell = optimizations()[name], cell_for(bench, name)
+        (chosen,) = [item for item in cell.stack.techniques if item.name == name]
+        spec = technique.artifact(chosen, bench.job(cell, checkpoint="c" * 16))
+        if spec is not None:
+            assert spec.inputs["version"] == technique.artifact_version, "set artifact_version on the class"
+
     def test_has_some_device(self, bench: Any, name: str) -> None:
         technique = optimizations()[name]
         cell = cell_for(bench, name, precision="bf16" if technique.family == "attention" else "")

@@ -98,11 +98,15 @@ class TestMemory:
         assert row["peak_allocated_bytes_load"] < full["model_bytes"]
         assert row["peak_allocated_bytes"] < full["peak_allocated_bytes"]
 
-    def test_checkpoint(self, measure: Callable[..., Any], bench: Any, name: str) -> None:
-        """Trained weights, prefill and decode; quality is judged elsewhere."""
+    def test_checkpoint(
+        self, measure: Callable[..., Any], bench: Any, medium: ModelSpec, full: dict[str, Any], name: str
+    ) -> None:
+        """Trained weights, prefill and decode, never in full on the card; quality is judged elsewhere."""
         for kind in ("prefill", "decode"):
             row = measure(kind, f"bf16+{name}", bench.POCKET)
             assert json.loads(row["evidence"])[name]["ok"]
+        row = measure("decode", f"bf16+{name}", bench.stored(medium), prompt_tokens=32, new_tokens=16)
+        assert row["peak_allocated_bytes_load"] < full["model_bytes"]
 
 
 def proof(name: str, session: Any) -> Evidence:

@@ -11,6 +11,7 @@ import pytest
 
 from tasks.cell import ModelSpec
 from tasks.device import DeviceInfo
+from tasks.manifest import MANIFEST
 from tasks.optimization import Evidence
 from tasks.registry import optimizations
 from tasks.stacks import parse_stack, unsupported
@@ -90,9 +91,20 @@ def test_random_weights(measure: Callable[..., Any], medium: ModelSpec, stack: s
     # codes are int32, and weights fp32, while one layer is packed
     assert row["peak_allocated_bytes_load"] < row["model_bytes"] + 24 * HIDDEN * INTER
     assert row["peak_allocated_bytes_load"] < full["model_bytes"]
+    assert row["load_s"] < 90, "nvcc has its own time, before the cell"
     # the library's allocator settings have not come with it
     variables = json.loads(row["environment"])["variables"]
     assert "max_split_size_mb" not in variables.get("PYTORCH_ALLOC_CONF", "")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_rounded_from_a_checkpoint(measure: Callable[..., Any], bench: Any, medium: ModelSpec, method: str) -> None:
+    """Trained weights: rounded on the host, with nothing on the card, and loaded there packed."""
+    axes = {"batch_size": 1, "prompt_tokens": 32, "new_tokens": 16}
+    row = measure("decode", f"bf16+{method}:method=rtn", bench.stored(medium), axes)
+    manifest = json.loads((bench.folder / "artifacts" / method / row["artifact_key"] / MANIFEST).read_text())
+    assert row["artifact_peak_bytes"] == manifest["peak_host_bytes"], "nothing was reserved on the card"
+    assert row["peak_allocated_bytes_load"] < 2 * row["parameters_total"]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

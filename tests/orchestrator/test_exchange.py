@@ -151,6 +151,8 @@ def test_a_run_may_wait_for_other_nodes(bench: Any) -> None:
     job = bench.job(bench.cell("prefill", "prune", bench.POCKET), timeout_s=100.0, artifact_timeout_s=1000.0)
     assert limit_s(job) == 1100.0 + DISTURBED_S
     assert limit_s(job, shared=True) == 2100.0 + DISTURBED_S
+    compiled = dataclasses.replace(job, cell=bench.cell("prefill", "gptq", bench.POCKET))
+    assert limit_s(compiled) == 2100.0 + DISTURBED_S, "its kernel may have to be compiled"
     judged = dataclasses.replace(job, quality=True)
     assert (limit_s(judged), limit_s(judged, shared=True)) == (1200.0 + DISTURBED_S, 2300.0 + DISTURBED_S)
     on_a_card = dataclasses.replace(judged, device=bench.device("cuda"))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import MANIFEST, makers, wanted
+from tasks.artifacts import builders, makers, wanted
 from tasks.job import CellJob, RunResult
+from tasks.manifest import MANIFEST
 from tasks.models import identity
 from tasks.registry import optimizations
 from tasks.supervisor import Supervisor
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 # `shrunk` keeps the first layers of the model, and does as its option `end` says. `rounded` starts from what is there.
 BROUGHT = """
-import os, time
+import os, sys, time
 from pathlib import Path
 from tasks.artifacts import artifact_spec
 from tasks.choices import content_hash
@@ -83,6 +84,26 @@ class Rounded(Optimization):
         return Evidence(ok=bool(whole), facts={"rounded": bool(whole)})
 
 
+class Compiled(Optimization):
+    name, family, summary = "compiled", "control", "for the test"
+    options = {"end": "well"}
+
+    def kernels_to_build(self, technique, job):
+        return f"kernels {option(technique, 'end')}"
+
+    def build_kernels(self, technique, session):
+        if option(technique, "end") == "badly":
+            raise RuntimeError("no compiler by design")
+        if option(technique, "end") == "never":
+            time.sleep(60)
+        print("compiled " + str(session.load_options.dtype), file=sys.stderr)
+        time.sleep(1.5)
+        return 1.5
+
+    def evidence(self, technique, session):
+        return Evidence(ok=True)
+
+
 class Foreign(Optimization):
     name, family, summary = "foreign", "decode-loop", "for the test"
 
@@ -111,7 +132,9 @@ def slot(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Super
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: brought_techniques\nVersion: 1.0\n")
     (described / "entry_points.txt").write_text(
         "[benchmatrix.optimizations]\n"
-        + "".join(f"{name.lower()} = brought_techniques:{name}\n" for name in ("Shrunk", "Rounded", "Foreign"))
+        + "".join(
+            f"{name.lower()} = brought_techniques:{name}\n" for name in ("Shrunk", "Rounded", "Compiled", "Foreign")
+        )
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -195,6 +218,28 @@ class TestMaking:
         slot._verified.clear()
         assert not ok(slot.measure(job("shrunk", round=2)))["artifact_reused"]
         assert weights.read_bytes() == content
+
+
+class TestBuilding:
+    def test_once_and_before_the_cell(self, slot: Supervisor, job: Any) -> None:
+        """Its seconds are a column of the run that had it compiled, and part of no other."""
+        first, again = ok(slot.measure(job("bf16+compiled"))), ok(slot.measure(job("bf16+compiled", round=1)))
+        assert first["kernels_built_s"] == 1.5
+        assert first["load_s"] < 1.5 and first["compile_s"] < 1.5
+        assert "kernels_built_s" not in again
+        assert json.loads(again["null_reasons"])["kernels_built_s"] == "nothing was to be compiled before this run"
+        assert slot._isolation.log_path.read_text().count("compiled bfloat16") == 1
+
+    @pytest.mark.parametrize(
+        ("end", "reason"),
+        [("badly", "no compiler by design"), ("never", "exceeded its limit of 3 s in the phase build")],
+    )
+    def test_failing_is_left_to_the_cell(self, slot: Supervisor, job: Any, end: str, reason: str) -> None:
+        row = ok(slot.measure(job(f"compiled:end={end}", artifact_timeout_s=3.0)))
+        assert reason in json.loads(row["null_reasons"])["kernels_built_s"]
+
+    def test_is_counted_for_time_limits(self, job: Any) -> None:
+        assert [builders(job(stack)) for stack in ("compiled+shrunk", "shrunk")] == [1, 0]
 
 
 class TestFailing:

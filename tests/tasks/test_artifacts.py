@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import MANIFEST, ArtifactError, ArtifactSpec, clear_interrupted, find, make
+from tasks.artifacts import ArtifactSpec, clear_interrupted, find, make
+from tasks.manifest import MANIFEST, ArtifactError
 from tasks.row import Row
 from tasks.session import Session
 
@@ -78,27 +81,105 @@ def test_seconds_and_peak_are_those_of_making(session: Session) -> None:
     assert large.manifest.peak_bytes - before.manifest.peak_bytes > 250 * 2**20
 
 
-@pytest.mark.parametrize("damage", ["shorter", "same size", "missing file", "manifest", "foreign key"])
+def rewritten(manifest: Path, **changes: Any) -> None:
+    """Other fields under a digest that fits them, as somebody would who means it."""
+    fields = {**json.loads(manifest.read_text()), **changes}
+    del fields["digest"]
+    text = json.dumps(fields, sort_keys=True)
+    manifest.write_text(json.dumps({**fields, "digest": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+def no_files(folder: Path) -> None:
+    shutil.rmtree(folder / "part")
+    (folder / "two.bin").unlink()
+    rewritten(folder / MANIFEST, files={})
+
+
+def outside(folder: Path) -> None:
+    (folder.parent / "x").write_text("x")
+    rewritten(folder / MANIFEST, files=files_of(folder) | {"../x": {"bytes": 1, "sha256": sha256(b"x")}})
+
+
+def linked(folder: Path) -> None:
+    (folder.parent / "x").write_text("weights")
+    (folder / "part" / "one.bin").unlink()
+    (folder / "part" / "one.bin").symlink_to(folder.parent / "x")
+
+
+def edited(folder: Path) -> None:
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "facts": {"loss": 0.5}}))
+
+
+def without_digest(folder: Path) -> None:
+    """As manifests were written before."""
+    fields = json.loads((folder / MANIFEST).read_text())
+    del fields["digest"]
+    (folder / MANIFEST).write_text(json.dumps(fields))
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+    return files
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "shorter": lambda folder: (folder / "part" / "one.bin").write_text("weight"),
+    "same size": lambda folder: (folder / "part" / "one.bin").write_text("WEIGHTS"),
+    "missing file": lambda folder: (folder / "part" / "one.bin").unlink(),
+    "another file": lambda folder: (folder / "part" / "model.safetensors").write_text("x"),
+    "a link": linked,
+    "a pipe": lambda folder: os.mkfifo(folder / "pipe"),
+    "cut manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20]),
+    "no text": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
+    "foreign key": lambda folder: rewritten(folder / MANIFEST, key="another"),
+    "other facts": edited,
+    "no digest": without_digest,
+    "no files": no_files,
+    "outside": outside,
+    "unlisted": lambda folder: rewritten(folder / MANIFEST, files={"two.bin": files_of(folder)["two.bin"]}),
+    "files as a list": lambda folder: rewritten(folder / MANIFEST, files=list(files_of(folder))),
+    "names only": lambda folder: rewritten(folder / MANIFEST, files=dict.fromkeys(files_of(folder))),
+    "sizes as text": lambda folder: rewritten(
+        folder / MANIFEST, files={name: {**facts, "bytes": "7"} for name, facts in files_of(folder).items()}
+    ),
+    "facts as a list": lambda folder: rewritten(folder / MANIFEST, facts=[]),
+    "another field": lambda folder: rewritten(folder / MANIFEST, more=1),
+    "a list": lambda folder: (folder / MANIFEST).write_text("[]"),
+    "a number": lambda folder: (folder / MANIFEST).write_text("1"),
+    "too deep": lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_one_is_made_again(session: Session, root: Path, damage: str) -> None:
     made, _ = make(SPEC, session, writes())
-    file, manifest = made.folder / "part" / "one.bin", made.folder / MANIFEST
-    if damage == "shorter":
-        file.write_text("weight")
-    elif damage == "same size":
-        file.write_text("WEIGHTS")
-        assert find(SPEC, root) is not None, "only the content tells"
-    elif damage == "missing file":
-        file.unlink()
-    elif damage == "manifest":
-        manifest.write_text(manifest.read_text()[:-20])
-    else:
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "key": "another"}))
+    DAMAGES[damage](made.folder)
+    assert (find(SPEC, root) is not None) == (damage == "same size"), "only the content tells"
     assert find(SPEC, root, content=True) is None
     again, now = make(SPEC, session, writes())
     assert now
-    assert file.read_text() == "weights"
+    assert (made.folder / "part" / "one.bin").read_text() == "weights"
     assert find(SPEC, root, content=True) == again
-    assert visible(root) == [SPEC.key]
+    assert [name for name in visible(root) if name != "x"] == [SPEC.key]
+
+
+def test_facts_are_kept_as_json_has_them(session: Session, root: Path) -> None:
+    """A digest of what cannot be read back would find every one broken."""
+
+    def fill(folder: Path) -> dict[str, Any]:
+        writes()(folder)
+        return {"pair": (1, 2), "by number": {3: "three"}, "loss": float("nan")}
+
+    make(SPEC, session, fill)
+    found = find(SPEC, root, content=True)
+    assert found is not None
+    assert found.manifest.facts["pair"] == [1, 2] and found.manifest.facts["by number"] == {"3": "three"}
+    assert not make(SPEC, session, fill)[1]
 
 
 def test_failing_leaves_nothing(session: Session, root: Path) -> None:
@@ -117,6 +198,8 @@ def test_writing_nothing_or_a_link_is_refused(session: Session, root: Path) -> N
         make(SPEC, session, lambda folder: None)
     with pytest.raises(ArtifactError, match=r"link\.bin, which is no plain file"):
         make(SPEC, session, lambda folder: (folder / "link.bin").symlink_to("/etc/hostname"))
+    with pytest.raises(ArtifactError, match=r"wrote manifest\.json"):
+        make(SPEC, session, lambda folder: {"bytes": [(folder / name).write_text("x") for name in ("a", MANIFEST)]})
     assert visible(root) == []
 
 

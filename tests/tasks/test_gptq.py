@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +22,8 @@ from tasks.metrics.parameters import count_parameters, stored_bytes
 from tasks.models.packing import packing_of
 from tasks.optimization import Evidence, Unsupported
 from tasks.registry import optimizations
+from tasks.row import Row
+from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -158,6 +163,92 @@ class TestArtifact:
         )
         assert key("gptq:method=rtn") == key("awq:method=rtn") == [], "random weights are rounded in place"
         assert len(key("prune+gptq:method=rtn")) == 2, "what was pruned is a checkpoint"
+
+
+class TestOnTheHost:
+    """What is only read and saved need not fit on the card; random weights are the card's own."""
+
+    def asked_for(self, bench: Any, patch: pytest.MonkeyPatch, stack: str, model: ModelSpec, before: str = "") -> str:
+        job = bench.job(bench.cell("prefill", stack, model))
+        (chosen,) = [item for item in job.cell.stack.techniques if item.name in ("gptq", "awq")]
+
+        def make(session: Session) -> None:
+            session.load_options.checkpoint = before or None
+            optimizations()[chosen.name].make_artifact(chosen, session, bench.folder)
+
+        patch.setattr("tasks.optimizations._gptq_calibrate.import_library", lambda: None)
+        return str(bench.device_asked_for(patch, job, make))
+
+    @pytest.mark.parametrize("method", ["gptq", "awq"])
+    def test_rounding(self, bench: Any, small: ModelSpec, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        rounded = f"{method}:method=rtn"
+        assert self.asked_for(bench, monkeypatch, rounded, bench.POCKET) == "cpu"
+        assert self.asked_for(bench, monkeypatch, f"prune+{rounded}", small, before="/pruned") == "cpu"
+
+    def test_what_is_saved_for_the_library(self, bench: Any, small: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = ModelSpec(id="theirs", source="hub", reference="they/theirs", kind="language")
+        assert self.asked_for(bench, monkeypatch, "gptq", hub) == "cpu"
+        assert self.asked_for(bench, monkeypatch, "gptq", small) == "cuda"
+
+    def test_rounds_there(self, bench: Any, small: ModelSpec, tmp_path: Path) -> None:
+        """The whole of it in a session on a card that is not there."""
+        import torch
+
+        job = bench.job(bench.cell("prefill", "gptq:method=rtn", bench.stored(small)))
+        (chosen,) = job.cell.stack.techniques
+        session = Session(job=job, device=torch.device("cuda"), row=Row())
+        facts = optimizations()["gptq"].make_artifact(chosen, session, tmp_path)
+        assert facts is not None and facts["method"] == "rtn"
+        assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+
+
+class TestBuilding:
+    """Marlin is compiled before the cell, once for each dtype, and no other kernel is."""
+
+    @pytest.mark.parametrize(
+        ("stack", "expected"),
+        [
+            ("bf16+gptq", "marlin bf16"),
+            ("bf16+awq:kernel=marlin,method=rtn", "marlin bf16"),
+            ("fp16+gptq:bits=8", "marlin fp16"),
+            ("gptq", "marlin pocket"),
+            ("bf16+gptq:kernel=triton", None),
+        ],
+    )
+    def test_names(self, bench: Any, stack: str, expected: str | None) -> None:
+        cell = bench.cell("prefill", stack, bench.POCKET)
+        chosen = cell.stack.techniques[-1]
+        technique = optimizations()[chosen.name]
+        assert technique.kernels_to_build(chosen, bench.job(cell, device=bench.device("cuda"))) == expected
+        for other in (bench.device(), bench.device("cuda", compute_capability=(7, 5))):
+            assert technique.kernels_to_build(chosen, bench.job(cell, device=other)) is None
+
+    @pytest.mark.parametrize(("kernel", "compiled"), [("marlin", True), ("triton", False)])
+    def test_compiles_what_will_run(
+        self, bench: Any, kernel: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import torch
+
+        from tasks.optimizations._gptq_kernels import KERNELS
+
+        built: list[torch.dtype] = []
+
+        def prewarm(dtype: torch.dtype) -> bool:
+            time.sleep(0.05)
+            built.append(dtype)
+            return True
+
+        marlin = ModuleType("gptqmodel.utils.marlin")
+        marlin.prewarm_marlin_extension = prewarm  # type: ignore[attr-defined]
+        for module in (ModuleType("gptqmodel"), ModuleType("gptqmodel.utils"), marlin):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr("tasks.optimizations._gptqmodel.choose", lambda *_: KERNELS["awq"][kernel])
+        job = bench.job(bench.cell("prefill", "bf16+awq", bench.POCKET))
+        session = Session(job=job, device=torch.device("cuda"), row=Row())
+        session.load_options.dtype = "bfloat16"
+        seconds = optimizations()["awq"].build_kernels(job.cell.stack.techniques[-1], session)
+        assert built == ([torch.bfloat16] if compiled else [])
+        assert 0.05 <= seconds < 5 if compiled else seconds == 0
 
 
 @backends

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tasks.cell import ModelSpec
 from tasks.metrics.parameters import count_parameters, stored_bytes
 from tasks.models.identity import random_config
 from tasks.optimization import Evidence, Unsupported
 from tasks.registry import optimizations
+from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 
 backends = pytest.mark.backends
@@ -42,6 +46,25 @@ def tampered(session: Any, name: str, graph: Path) -> Iterator[None]:
         yield
     finally:
         target.write_bytes(kept)
+
+
+@pytest.mark.parametrize("stack", ["onnx", "onnx-int4", "prune+onnx-int8"])
+def test_is_exported_on_the_host(bench: Any, stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fp32 model never lies on the card, but for random weights, which the card draws."""
+    monkeypatch.setitem(sys.modules, "onnx", ModuleType("onnx"))
+
+    def asked_for(model: ModelSpec, before: str | None = None) -> str:
+        job = bench.job(bench.cell("prefill", stack, model))
+        chosen = job.cell.stack.techniques[-1]
+
+        def make(session: Session) -> None:
+            session.load_options.checkpoint = before
+            optimizations()[chosen.name].make_artifact(chosen, session, bench.folder)
+
+        return str(bench.device_asked_for(monkeypatch, job, make))
+
+    assert asked_for(bench.POCKET) == asked_for(bench.language, before="/pruned") == "cpu"
+    assert asked_for(bench.language) == "cuda"
 
 
 @backends

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tasks.artifacts import MANIFEST, ArtifactSpec, Manifest, find
+from tasks.artifacts import ArtifactSpec, find
+from tasks.manifest import MANIFEST, Manifest
 from tasks.sharing import CHUNK_BYTES, disturbing, machine_folder, parts, receive, undisturbed
 
 SPEC = ArtifactSpec(maker="gptq", inputs={"bits": 4})
@@ -30,7 +29,7 @@ def store(root: Path) -> Path:
                for name, content in contents.items()},
         device="cpu", made_at="", made_for="", versions={},
     )  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest)))
+    (folder / MANIFEST).write_text(manifest.to_json())
     return folder
 
 
@@ -52,12 +51,13 @@ def test_arrives_as_it_was(tmp_path: Path) -> None:
 def test_a_broken_one_is_replaced_and_a_whole_one_is_kept(tmp_path: Path) -> None:
     sent, there = list(parts(store(tmp_path / "here"))), store(tmp_path / "there")
     assert receive(SPEC, tmp_path / "there", iter(()))  # nothing is asked of the stream
-    (there / "model.bin").write_bytes(b"cut")
-    assert receive(SPEC, tmp_path / "there", sent)
-    assert (there / "model.bin").stat().st_size == 2 * CHUNK_BYTES
+    for broken in (b"cut", b"xy" * CHUNK_BYTES):
+        (there / "model.bin").write_bytes(broken)
+        assert receive(SPEC, tmp_path / "there", sent)
+        assert (there / "model.bin").read_bytes() == b"ab" * CHUNK_BYTES
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "nothing", "another"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "nothing", "another", "more"])
 def test_what_is_not_the_artifact_is_not_kept(tmp_path: Path, harm: str) -> None:
     sent = list(parts(store(tmp_path / "here")))
     if harm == "cut":
@@ -66,6 +66,8 @@ def test_what_is_not_the_artifact_is_not_kept(tmp_path: Path, harm: str) -> None
         sent[0] = (sent[0][0], b"x" + sent[0][1][1:])
     elif harm == "nothing":
         sent = []
+    elif harm == "more":
+        sent.insert(0, ("model.safetensors", b"what the manifest has not"))
     spec = ArtifactSpec(maker="gptq", inputs={"bits": 3}) if harm == "another" else SPEC
     assert not receive(spec, tmp_path / "there", sent)
     assert find(spec, tmp_path / "there") is None and hidden(tmp_path / "there") == []
