@@ -67,7 +67,7 @@ class Distill(Optimization):
         return text_content(technique, search_path) | ({"student": digest(random_config(student))} if student else {})
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
-        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
+        return artifact_spec(technique, job, libraries=("torch", "transformers"))
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 WINDOWS, LENGTH = 64, 512  # calibration
 BATCH, SEQUENCE = 8, 256  # recovery
-MANY_STEPS = 10  # from here on the loss must have fallen
 COMPARED = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight")
 OTHERWISE_BUILT = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "phi3")
 
@@ -54,6 +53,7 @@ class Prune(Optimization):
         "text": "",
     }
     choices = {"what": WHAT, "importance": IMPORTANCE}
+    artifact_version = 2
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         if model_type(cell.model) in OTHERWISE_BUILT:
@@ -71,7 +71,7 @@ class Prune(Optimization):
         return text_content(technique, search_path)
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
-        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=2)
+        return artifact_spec(technique, job, libraries=("torch", "transformers"))
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
         from tasks.metrics.parameters import count_parameters
@@ -129,11 +129,8 @@ class Prune(Optimization):
 
 
 def _recovered(recovery: dict[str, Any] | None, technique: Technique) -> bool:
-    """Whether recovery took as many steps as were asked for; a loss that fell is asked of more than a few only."""
-    steps = int(str(option(technique, "recover_steps")))
-    if not recovery or not steps:
-        return not recovery and not steps
-    return recovery["steps"] == steps and (steps < MANY_STEPS or recovery["loss_last"] < recovery["loss_first"])
+    """Whether recovery took as many steps as were asked for. Whether it helped is what quality says."""
+    return (recovery["steps"] if recovery else 0) == int(str(option(technique, "recover_steps")))
 
 
 def _refused(cell: Cell, technique: Technique) -> str | None:

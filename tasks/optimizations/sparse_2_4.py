@@ -56,7 +56,7 @@ class Sparse24(Optimization):
         return text_content(technique, search_path)
 
     def artifact(self, technique: Technique, job: CellJob) -> ArtifactSpec:
-        return artifact_spec(technique, job, libraries=("torch", "transformers"), version=1)
+        return artifact_spec(technique, job, libraries=("torch", "transformers"))
 
     def make_artifact(self, technique: Technique, session: Session, folder: Path) -> dict[str, Any]:
 
