@@ -6,7 +6,8 @@ from analysis.load import load, load_plan, load_samples
 from analysis.pair import cells, pairs
 from analysis.render import FORMATS, print_table, render
 from analysis.table import Table
-from analysis.tables import comparison_table, tradeoff_table
+from analysis.tables import comparison_table
+from analysis.tradeoff import tradeoff_table
 from analysis.verdicts import verdicts
 
 __all__ = [

@@ -160,7 +160,7 @@ def _comparison(frame: pd.DataFrame, samples: pd.DataFrame | None) -> Table:
 
 def _tradeoff(frame: pd.DataFrame) -> Table:
     from analysis.control import floors
-    from analysis.tables import tradeoff_table
+    from analysis.tradeoff import tradeoff_table
 
     return tradeoff_table(frame, floors(frame))
 
