@@ -1,4 +1,4 @@
-"""What further tokens of a prompt cost: bytes of cache and memory, and time of a decode step, as a line through lengths.
+"""What further tokens of a prompt cost: bytes of cache and memory, and time of a decode step, as a line over lengths.
 
 A KV cache makes a step cost what reading the cache costs, so that both grow in proportion to the length; the slope is
 the figure, and how far the lengths lie off the line says how much it is worth.

@@ -1,7 +1,7 @@
 """Each rung of a ladder against the one before it, and why one that should be faster is not.
 
-A ladder is a sweep whose stacks, in the order of its plan, each add one thing. Whether a technique pays is a question
-to the rung below, not to the baseline; and where a rung is slower, its rows often say why.
+A ladder is a sweep whose stacks, in the order in which it names them, each add one thing. Whether a technique pays is
+a question to the rung below, not to the baseline; and where a rung is slower, its rows often say why.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_INTERVAL = "1 round: no interval"
 # Codes of reasons, in the order in which they are looked for; the first two end the search.
 NOISE, MARGIN, DOUBT, MEMORY, HOST, UNEXPLAINED = "noise", "margin", "doubtful", "memory", "host", "unexplained"
 LEGEND = (
-    "speed-up: over the rung before, the one measured last in the order of the plan; of the time that the comparison "
+    "speed-up: over the rung before, the last one measured in the order of the sweep; of the time that the comparison "
     "compares, from pairs within blocks, +- its 95 % interval over rounds; change: of memory and of what is reserved, "
     "against the same rung."
 )
@@ -43,7 +43,10 @@ LEGEND_WHY = (
 
 
 def ladder(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> pd.DataFrame:
-    """One line per rung, sections (model, workload point, hardware) and stacks in the order of the plan.
+    """One line per rung, sections (model, workload point, hardware) and stacks in the order of the sweep.
+
+    A plan has baselines first; where it also says in which order the sweep names the stacks (`rung`), that counts,
+    since the naive rung may be below what all are compared with.
 
     Columns, beside identity, `outcome`, `call_ms`, `memory_bytes` and `peak_reserved_bytes`:
         before: the stack of the rung that it is compared with, null for the first that was measured
@@ -61,11 +64,12 @@ def ladder(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> pd.
     table = compared(rows, COMPARED, None, floor)
     table = table.drop(columns=["ratio", "lo", "hi", "barred", "equivalent"])
     table["_section"] = table.groupby(SECTION, sort=False, dropna=False).ngroup()
-    table["_planned"] = numbers(table, "plan_order")
-    table = table.sort_values(["_section", "_planned"], kind="stable", ignore_index=True)
+    table["_rung"], table["_planned"] = numbers(table, "rung"), numbers(table, "plan_order")
+    table = table.sort_values(["_section", "_rung", "_planned"], kind="stable", ignore_index=True)
     lines = records(table)
     before = _rungs_before(lines)
-    judged = _against(rows, [(line, lower) for line, lower in zip(lines, before, strict=True) if lower], floor)
+    steps = [(line, lower) for line, lower in zip(lines, before, strict=True) if lower]
+    judged = _against(rows, steps, floor) if steps else {}
     compared_lines = [
         _compared(line, lower, judged.get((line["result_dir"], line["cell_id"]), {})) if lower else _first()
         for line, lower in zip(lines, before, strict=True)
@@ -73,7 +77,7 @@ def ladder(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> pd.
     for name in _first():
         table[name] = [line[name] for line in compared_lines]
     table["is_first"] = [lower is None and line["rounds_ok"] > 0 for line, lower in zip(lines, before, strict=True)]
-    return table.drop(columns=["_section", "_planned"])
+    return table.drop(columns=["_section", "_rung", "_planned"])
 
 
 def ladder_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> Table:
@@ -83,7 +87,7 @@ def ladder_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) 
     order = [
         "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "before", "call_ms",
         *interval("ratio"), *interval("speedup"), "memory_bytes", "memory_change", "peak_reserved_bytes",
-        "reserved_change", "inversion", "why", "reason", "is_first", "plan_order", "notes", *KEY,
+        "reserved_change", "inversion", "why", "reason", "is_first", "notes", *KEY,
     ]  # fmt: skip
     any_decodes = bool(decodes(table).any())
     table = table[[name for name in order if name in table]]
@@ -136,8 +140,9 @@ def _against(
     references = rows[[key in stood_on for key in keys]]
     names = references["cell_id"] + _REFERENCE
     both = pd.concat([upper, references.assign(cell_id=names, baseline_id=names)], ignore_index=True)
-    judged = records(verdicts(both, COMPARED, floor)) if steps else []
-    return {(line["result_dir"], line["cell_id"]): line for line in judged}
+    judged = verdicts(both, COMPARED, floor)
+    judged["equivalent"] = judged["equivalent"].fillna(False).astype(bool)
+    return {(line["result_dir"], line["cell_id"]): line for line in records(judged)}
 
 
 def _first() -> _Line:
@@ -164,7 +169,7 @@ def _reasons(rung: _Line, judged: _Line, waits: bool, before_waits: bool) -> dic
     """Code -> sentence of why a rung is slower, from what its rows and those of the rung before say."""
     if rung["ratio_lo"] <= 1 <= rung["ratio_hi"]:
         return {NOISE: "within noise: the interval covers 1"}
-    if judged.get("equivalent") is True:
+    if judged.get("equivalent"):
         return {MARGIN: "within the margin: too little to matter"}
     found = {}
     barred = [reason.replace("baseline", "rung before") for reason in judged.get("barred") or [] if reason]

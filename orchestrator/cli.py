@@ -277,7 +277,7 @@ def table(
 ) -> None:
     """The comparison table, or the cross-hardware trade-off table, of one or several result folders.
 
-    A ladder compares each stack with the one before it in the plan and says why a slower one is; growth is what
+    A ladder compares each stack with the one before it in the sweep and says why a slower one is; growth is what
     further tokens of a prompt cost in bytes and time.
     """
     from orchestrator.show import print_table
