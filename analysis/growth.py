@@ -51,8 +51,8 @@ def growth(frame: pd.DataFrame) -> pd.DataFrame:
     Columns, beside identity (`workload_point` without `prompt_tokens`):
         lengths, shortest, longest: prompts that were measured, and their tokens
         kv_bytes_per_token, memory_bytes_per_token: slope of `kv_cache_bytes` and of peak memory, per sequence
-        ms_per_1000_tokens, _lo, _hi: slope of `call_ms`, the mean over rounds that measured every length, with its
-            t-interval over rounds; of the medians where fewer than two did
+        ms_per_1000_tokens, _lo, _hi: slope of the medians of `call_ms`, with the half-width that a t-interval has over
+            the slopes of rounds that measured every length; null where fewer than two did
         call_ms_shortest, call_ms_longest: at the ends
         off_line: greatest distance of a length's `call_ms` from the line, as a fraction of it; null for two lengths
 
@@ -136,26 +136,28 @@ def _line(cells: list[_Line], by_round: dict[tuple[str, str], dict[int, float]])
     for name, source in (("kv_bytes_per_token", "kv_cache_bytes"), ("memory_bytes_per_token", "memory_bytes")):
         found = slope([(cell["tokens"], cell[source] / cell["batch"]) for cell in measured])
         line[name] = found[0] if found else math.nan
-    return line | _time([(cell["tokens"], cell[CALL]) for cell in measured]) | _over_rounds(measured, by_round)
+    return line | _time([(cell["tokens"], cell[CALL]) for cell in measured], _half_width(measured, by_round))
 
 
-def _time(points: _Points) -> _Line:
+def _time(points: _Points, half_width: float) -> _Line:
     found = slope(points)
     if found is None:
         return {}
+    rise = 1e3 * found[0]
     distances = [abs(y - found[0] * x - found[1]) / y for x, y in points]
-    return {_MS[0]: 1e3 * found[0], "off_line": max(distances) if len(points) > 2 else math.nan}
+    values = rise, rise - half_width, rise + half_width
+    return dict(zip(_MS, values, strict=True)) | {"off_line": max(distances) if len(points) > 2 else math.nan}
 
 
-def _over_rounds(measured: list[_Line], by_round: dict[tuple[str, str], dict[int, float]]) -> _Line:
-    """The slope with its interval from the rounds that measured every length; empty below two of them."""
+def _half_width(measured: list[_Line], by_round: dict[tuple[str, str], dict[int, float]]) -> float:
+    """Of the interval over rounds that measured every length, in ms per 1,000 tokens; NaN below two of them."""
     rounds = [by_round.get((cell["result_dir"], cell["cell_id"]), {}) for cell in measured]
-    shared = set(rounds[0]).intersection(*rounds)
+    shared = sorted(set(rounds[0]).intersection(*rounds))
     lengths = [cell["tokens"] for cell in measured]
-    lines = [slope(list(zip(lengths, (found[number] for found in rounds), strict=True))) for number in sorted(shared)]
+    lines = [slope(list(zip(lengths, (found[number] for found in rounds), strict=True))) for number in shared]
     slopes = [1e3 * found[0] for found in lines if found]
     interval = t_interval(slopes) if slopes else None
-    return {} if interval is None else dict(zip(_MS, (interval.mean, interval.lo, interval.hi), strict=True))
+    return math.nan if interval is None else interval.half_width
 
 
 def _notes(cells: list[_Line], measured: list[_Line]) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SECTION = ["result_dir", "model", "workload_point", "hardware"]
 SAVED = 0.05  # share of its memory that a rung must save before speed counts as its price
 _REFERENCE = " as the rung before"
+NO_PAIR = "never measured in one block with the rung before"
 NO_INTERVAL = "1 round: no interval"
 # Codes of reasons, in the order in which they are looked for; the first two end the search.
 NOISE, MARGIN, DOUBT, MEMORY, HOST, UNEXPLAINED = "noise", "margin", "doubtful", "memory", "host", "unexplained"
@@ -172,7 +173,7 @@ def _reasons(rung: _Line, judged: _Line, waits: bool, before_waits: bool) -> dic
     if judged.get("equivalent"):
         return {MARGIN: "within the margin: too little to matter"}
     found = {}
-    barred = [reason.replace("baseline", "rung before") for reason in judged.get("barred") or [] if reason]
+    barred = [_reworded(reason) for reason in judged.get("barred") or []]
     if doubts := [reason for reason in barred if reason != NO_INTERVAL]:
         found[DOUBT] = f"doubtful: {', '.join(doubts)}"
     changes = {"peak": rung["memory_change"], "reserved": rung["reserved_change"]}
@@ -189,6 +190,11 @@ def _reasons(rung: _Line, judged: _Line, waits: bool, before_waits: bool) -> dic
         last = next(reversed(found))
         found[last] += " (1 round has no interval: it may be noise)"
     return found
+
+
+def _reworded(barred: str) -> str:
+    """Why there is no verdict, of a rung in the place of the baseline."""
+    return NO_PAIR if barred.startswith("no pair") else barred.replace("baseline", "rung before")
 
 
 def _waits(line: _Line) -> bool:

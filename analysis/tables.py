@@ -42,7 +42,9 @@ LEGEND_CEILING = (
     "of ceiling: FLOPs that must be executed, of causal attention only the half that its mask leaves, over time and "
     "the measured matrix product of this device."
 )
-LEGEND_LOSS = "loss@8: training loss in the eighth step, so that it is of equally many steps in every cell."
+LEGEND_LOSS = (
+    "loss@8: training loss in the eighth step, skipped ones counted, so that it is of equally many steps in every cell."
+)
 LOSS_APART = 0.02  # beyond this, relative to the fp32 cell's, a cell is not seen to train as that one does
 FULL_PRECISION = "fp32"
 _COMPARED = ("verdict", "equivalent", "mde", "p_holm", "own_variance")

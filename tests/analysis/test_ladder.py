@@ -177,6 +177,15 @@ def test_a_rung_that_did_not_run_is_no_step_to_stand_on(build: SimpleNamespace, 
     assert f" {outcome} " in render(table)
 
 
+def test_rungs_of_different_blocks_have_medians_only(build: SimpleNamespace, loaded: Loaded) -> None:
+    given = rows(build, SLOWER)
+    for row in given:
+        row["block_id"] += row["optimization"]
+    line = ladder(loaded(given)).iloc[1]
+    assert line["ratio"] == pytest.approx(1.25, rel=0.02) and pd.isna(line["ratio_lo"])
+    assert line["reason"] == "doubtful: never measured in one block with the rung before"
+
+
 def test_an_empty_step_makes_no_ladder(build: SimpleNamespace, loaded: Loaded) -> None:
     table = ladder_table(loaded(build.sweep(stacks=("fp32",))))
     assert table.footnotes[0] == "None of 0 rungs is slower than the one before it."
