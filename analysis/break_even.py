@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from analysis.frames import numbers
+from analysis.compared import CALL
+from analysis.frames import column, numbers
 from analysis.pair import KEY
 from tasks.cell import BASELINE
 from tasks.row import Outcome
@@ -13,13 +14,14 @@ from tasks.row import Outcome
 if TYPE_CHECKING:
     import pandas as pd
 
+COLD = "cold"  # of `compile_cache`
 FAMILY = "compile"  # the techniques whose partner is the same stack without them
 
 
 def break_even_calls(compile_s: float, partner_ms: float, compiled_ms: float) -> float | None:
     """Seconds in the compiler over those saved per call against the uncompiled partner; None where none are saved.
 
-    For a decode cell a call is one token.
+    For a decode cell a call is a step of the whole batch: one token for each of its sequences.
     """
     saved_s = (partner_ms - compiled_ms) / 1e3
     if not all(map(math.isfinite, (compile_s, saved_s))) or saved_s <= 0 or compile_s < 0:
@@ -35,25 +37,29 @@ def uncompiled(stack: str) -> str | None:
 
 
 def with_break_even(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """`table` (a line per cell with its median `latency_ms_p50`) with `cold_compile_s` and `break_even_calls`.
+    """`table` (a line per cell with its `call_ms`) with `cold_compile_s` and `break_even_calls`.
 
-    The compiler's seconds are those of the slowest measured round: later rounds find the first one's cache. The
-    partner is the same stack without compilation in the same model, workload point and hardware. Where the ratios to
-    the baseline, if the table has them, say that the partner is not slower, nothing is won back.
+    The compiler's seconds are those of the slowest measured round that began with an empty cache: others find what it
+    left there, and where it is missing nobody knows what compiling costs. The partner is the same stack without
+    compilation in the same model, workload point and hardware; both by the time that the speed-up compares, so that the
+    two columns speak of the same thing. Where the ratios to the baseline, if the table has them, say that the partner
+    is not slower, nothing is won back.
     """
     table = table.copy()
-    measured = frame[(frame["outcome"] == Outcome.OK).fillna(False) & (numbers(frame, "graphs_compiled") > 0)]
+    ok = (frame["outcome"] == Outcome.OK).fillna(False).astype(bool)
+    cold = (column(frame, "compile_cache") == COLD).fillna(False).astype(bool)
+    measured = frame[ok & cold & (numbers(frame, "graphs_compiled") > 0)]
     slowest = numbers(measured, "compile_s").groupby([measured[name] for name in KEY]).max()
     keys = list(zip(*(table[name] for name in KEY), strict=True))
     table["cold_compile_s"] = [float(slowest.get(key, math.nan)) for key in keys]
     places = list(zip(table["result_dir"], table["model"], table["workload_point"], table["hardware"], strict=True))
-    latency = [float(value) for value in numbers(table, "latency_ms_p50")]
-    known = dict(zip(zip(places, table["optimization"], strict=True), latency, strict=True))
+    call_ms = [float(value) for value in numbers(table, CALL)]
+    known = dict(zip(zip(places, table["optimization"], strict=True), call_ms, strict=True))
     ratio = [float(value) for value in numbers(table, "ratio").mask(table["is_baseline"], 1.0)]
     ratios = dict(zip(zip(places, table["optimization"], strict=True), ratio, strict=True))
     calls = []
     for place, stack, seconds, own, own_ratio in zip(
-        places, table["optimization"], table["cold_compile_s"], latency, ratio, strict=True
+        places, table["optimization"], table["cold_compile_s"], call_ms, ratio, strict=True
     ):
         partner = (place, uncompiled(str(stack)))
         slower = own_ratio >= ratios.get(partner, math.nan)

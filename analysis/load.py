@@ -29,9 +29,9 @@ def load(directories: Directories, reuse: Reuse = "exact") -> pd.DataFrame:
     column is there. One row per (result_dir, cell_id, round): the newest. Rows that a changed sweep no longer matches
     are left out by `result_key`; `reuse="versions"` keeps those measured with other library versions, `"all"` keeps
     every key. Where there is a plan, `planned_rounds` says how many rounds each cell should have, `plan_order` where
-    in the plan it stands, and `baseline_id` is the plan's: a row may have been measured under another baseline. Rows of
-    cells that the plan no longer has are left out too unless `reuse` says otherwise; `frame.attrs["not_planned"]` is
-    their number.
+    in the plan it stands, `rung` where among its group's stacks as the sweep names them, and `baseline_id` is the
+    plan's: a row may have been measured under another baseline. Rows of cells that the plan no longer has are left out
+    too unless `reuse` says otherwise; `frame.attrs["not_planned"]` is their number.
 
     Raises:
         NoRows: a folder holds no rows, or none of the plan's.
@@ -112,6 +112,9 @@ def _load_one(name: str, folder: Path, reuse: Reuse) -> pd.DataFrame:
         added["planned_rounds"] = frame["cell_id"].map(rounds).astype("Int64")
         positions = {cell_id: position for position, cell_id in enumerate(rounds.index)}
         added["plan_order"] = frame["cell_id"].map(positions).astype("Int64")
+        if "rung" in plan:  # older ones have none
+            rungs = plan.drop_duplicates("cell_id").set_index("cell_id")["rung"]
+            added["rung"] = frame["cell_id"].map(rungs).astype("Int64")
     frame = pd.concat([frame, added], axis=1)  # at once: pandas warns of single insertions into a wide frame
     frame.attrs = {NOT_PLANNED: not_planned}
     return frame

@@ -32,6 +32,8 @@ class Format(StrEnum):
 class Kind(StrEnum):
     COMPARISON = "comparison"
     TRADEOFF = "tradeoff"
+    LADDER = "ladder"
+    GROWTH = "growth"
 
 
 class Reuse(StrEnum):
@@ -52,6 +54,10 @@ OutOption = Annotated[
 ReuseOption = Annotated[Reuse, typer.Option(help="When a stored row counts: exact, or versions to ignore them.")]
 RetryOption = Annotated[str, typer.Option(metavar="OUTCOMES", help="Measure stored rows of these outcomes again.")]
 WaitOption = Annotated[str, typer.Option(metavar="TIME", help="Wait this long for missing hardware: 30s, 10m, 2h.")]
+KindOption = Annotated[
+    Kind,
+    typer.Option(help="Of one hardware; a ratio per hardware; stacks against the one before; cost of prompt tokens."),
+]
 ParallelOption = Annotated[
     bool, typer.Option("--parallel-gpus", help="Measure on several GPUs of a node at once; they share the host.")
 ]
@@ -267,11 +273,13 @@ def train(
 def table(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
     format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,
-    kind: Annotated[Kind, typer.Option(help="Configurations of one hardware, or one ratio per hardware.")] = (
-        Kind.COMPARISON
-    ),
+    kind: KindOption = Kind.COMPARISON,
 ) -> None:
-    """The comparison table, or the cross-hardware trade-off table, of one or several result folders."""
+    """The comparison table, or the cross-hardware trade-off table, of one or several result folders.
+
+    A ladder compares each stack with the one before it in the sweep and says why a slower one is; growth is what
+    further tokens of a prompt cost in bytes and time.
+    """
     from orchestrator.show import print_table
 
     print_table(directories, kind.value, format_.value)

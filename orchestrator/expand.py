@@ -11,11 +11,15 @@ from tasks.cell import Cell
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedCell:
-    """A cell as planned. `hardware_requested` is the sweep's word (it may be `local`), `cell.hardware` the tag."""
+    """A cell as planned. `hardware_requested` is the sweep's word (it may be `local`), `cell.hardware` the tag.
+
+    `rung` is the stack's place in its group as the sweep names them, where the baseline need not be the first.
+    """
 
     cell: Cell
     hardware_requested: str
     rounds: int
+    rung: int = 0
 
 
 def expand(sweep: Sweep, local_tag: str, only: Only | None = None) -> list[PlannedCell]:
@@ -32,12 +36,14 @@ def expand(sweep: Sweep, local_tag: str, only: Only | None = None) -> list[Plann
             Cell(model=group.model, workload=group.point, stack=stack, hardware=group.hardware, baseline=baseline)
             for stack in group.stacks
         ]
+        rungs = group.rungs()
         if only is not None:
             everything += cells
             kept = [cell for cell in cells if only(cell)]
             cells = [cells[0], *(cell for cell in kept if cell is not cells[0])] if kept else []
         planned += (
-            PlannedCell(cell=cell, hardware_requested=group.hardware_requested, rounds=rounds) for cell in cells
+            PlannedCell(cell=cell, hardware_requested=group.hardware_requested, rounds=rounds, rung=rungs[cell.stack])
+            for cell in cells
         )
     if only is not None:
         only.check(everything)

@@ -112,6 +112,7 @@ def plan_row(sweep: str, item: Placed, result_key: str | None) -> dict[str, Any]
         "result_key": result_key,
         "hardware_requested": item.planned.hardware_requested,
         "rounds": item.planned.rounds,
+        "rung": item.planned.rung,
         "decision": item.decision.value,
         "reason": item.reason,
     }

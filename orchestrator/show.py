@@ -42,11 +42,21 @@ def print_results(directory: Path, where: str) -> None:
 
 def print_table(directories: Sequence[str], kind: str, format_: str) -> None:
     """One table of one or several result folders, in one format and nothing else."""
+    from analysis.control import floors
+    from analysis.growth import growth_table
+    from analysis.ladder import ladder_table
+
     frame, samples = _load(directories)
-    if kind == "tradeoff":
-        _print(_tradeoff(frame), format_)
-    else:
-        _print(_comparison(frame, samples), format_)
+    match kind:
+        case "tradeoff":
+            table = _tradeoff(frame)
+        case "ladder":
+            table = ladder_table(frame, floors(frame))
+        case "growth":
+            table = growth_table(frame)
+        case _:
+            table = _comparison(frame, samples)
+    _print(table, format_)
 
 
 def print_calibration(directory: Path) -> None:
@@ -160,7 +170,7 @@ def _comparison(frame: pd.DataFrame, samples: pd.DataFrame | None) -> Table:
 
 def _tradeoff(frame: pd.DataFrame) -> Table:
     from analysis.control import floors
-    from analysis.tables import tradeoff_table
+    from analysis.tradeoff import tradeoff_table
 
     return tradeoff_table(frame, floors(frame))
 

@@ -19,13 +19,22 @@ Key = tuple[str, str, WorkloadPoint]  # resolved hardware, model id, workload po
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """What is compared with each other: one model, workload point and device; `stacks` has the baseline first."""
+    """What is compared with each other: one model, workload point and device; `stacks` has the baseline first.
+
+    `named` has the stacks as the sweep names them, the baseline in its own place or not at all.
+    """
 
     model: ModelSpec
     point: WorkloadPoint
     hardware: str
     hardware_requested: str
     stacks: dict[Stack, None] = field(default_factory=dict)
+    named: dict[Stack, None] = field(default_factory=dict)
+
+    def rungs(self) -> dict[Stack, int]:
+        """Where each stack stands among those of the group as the sweep names them; a baseline it does not is first."""
+        unnamed = [stack for stack in self.stacks if stack not in self.named]
+        return {stack: number for number, stack in enumerate([*unnamed, *self.named])}
 
 
 def groups(sweep: Sweep, resolve: Callable[[str], str]) -> Iterable[Group]:
@@ -41,10 +50,10 @@ def groups(sweep: Sweep, resolve: Callable[[str], str]) -> Iterable[Group]:
         left_out = set[Stack]().union(*(exclude.stacks_in(group) for exclude in excluded))
         kept = [stack for stack in listed if stack not in left_out]
         if kept:
-            _add(found, group, [baseline, *kept])
+            _add(found, group, baseline, kept)
     for include in sweep.include:
         for group, stacks in included(sweep, include, resolve):
-            _add(found, group, [baseline, *stacks])
+            _add(found, group, baseline, stacks)
     return found.values()
 
 
@@ -100,6 +109,7 @@ def _product(
                 yield Group(model=model, point=point, hardware=tag, hardware_requested=word)
 
 
-def _add(found: dict[Key, Group], group: Group, stacks: Iterable[Stack]) -> None:
+def _add(found: dict[Key, Group], group: Group, baseline: Stack, stacks: Iterable[Stack]) -> None:
     known = found.setdefault((group.hardware, group.model.id, group.point), group)
-    known.stacks.update(dict.fromkeys(stacks))
+    known.named.update(dict.fromkeys(stacks))
+    known.stacks.update(dict.fromkeys([baseline, *known.named]))

@@ -16,6 +16,9 @@ class Training(Metric):
     columns = (
         Column(name="loss_first", type="float", doc="training loss, mean over the input sets, when first seen"),
         Column(name="loss_last", type="float", doc="training loss of the same input sets, when last seen"),
+        Column(
+            name="loss_at_step_8", type="float", doc="training loss of the eighth call: after equally many everywhere"
+        ),
         Column(name="optimizer_steps", type="int", doc="steps that the optimizer took, warm-up included"),
         Column(name="optimizer_steps_skipped", type="int", doc="steps left out since a scaled gradient overflowed"),
         Column(name="optimizer_state_bytes", type="int", doc="what the optimizer keeps per parameter, pages included"),
@@ -37,16 +40,20 @@ class Training(Metric):
             "optimizer_state_bytes": total,
             "optimizer_paged_bytes": paged,
         }
-        for number, name in enumerate(("loss_first", "loss_last")):
-            if losses is None:
-                self._found[name] = Missing(reason="no input set was seen twice")
-            else:
-                finite = math.isfinite(losses[number])
-                self._found[name] = losses[number] if finite else Missing(reason="the loss is not finite")
+        seen = dict(zip(("loss_first", "loss_last"), losses or (None, None), strict=True))
+        for name, loss in seen.items():
+            self._found[name] = _loss(loss, "no input set was seen twice")
+        self._found["loss_at_step_8"] = _loss(step.loss_at_step_8(), f"only {step.calls} steps were asked for")
 
     def collect(self, session: Session) -> dict[str, Any]:
         reason = "the measuring passes were not reached" if session.workload.training else "nothing is trained"
         return self._found or {column.name: Missing(reason=reason) for column in self.columns}
+
+
+def _loss(value: float | None, unseen: str) -> float | Missing:
+    if value is None:
+        return Missing(reason=unseen)
+    return value if math.isfinite(value) else Missing(reason="the loss is not finite")
 
 
 def state_bytes(optimizer: Any) -> tuple[int, int]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 SETS = 4  # the shortest cell makes six calls, so that some set is seen twice and its loss can be seen to fall
 WATCHED_PARAMETERS, WATCHED_ELEMENTS = 16, 1024
+COMPARED_CALL = 8  # its loss is of equally many steps over the same sets in every cell; the last call's is not
 
 
 class TrainStep(Workload):
@@ -116,6 +117,7 @@ class TrainingStep(Step):
         self.calls = 0
         self.loss: Any = None
         self.first_loss: Any = None
+        self._compared_loss: Any = None
         self._first: dict[int, Any] = {}
         self._last: dict[int, Any] = {}
 
@@ -142,6 +144,8 @@ class TrainingStep(Step):
         self.optimizer.zero_grad(set_to_none=True)
         if self.first_loss is None:
             self.first_loss = self.loss
+        if self.calls == COMPARED_CALL:
+            self._compared_loss = self.loss  # stays on the device: reading it here would wait for the step
         self._first.setdefault(number, self.loss)
         self._last[number] = self.loss
         mark("call")
@@ -217,6 +221,10 @@ class TrainingStep(Step):
             return None
         first, last = (sum(float(seen[number]) for number in again) / len(again) for seen in (self._first, self._last))
         return first, last
+
+    def loss_at_step_8(self) -> float | None:
+        """Loss of the eighth call, None if there were fewer; waits for the device."""
+        return None if self._compared_loss is None else float(self._compared_loss)
 
     def problems(self) -> list[str]:
         """Weights must have changed and steps been taken; skipped ones, and a loss that did not fall, are said."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -42,12 +43,13 @@ def test_partner(stack: str, partner: str | None) -> None:
     assert uncompiled(stack) == partner
 
 
-def rows(build: SimpleNamespace, seconds: list[float], compiled_ms: float = 4.0) -> list[dict[str, object]]:
+def rows(build: SimpleNamespace, seconds: list[float], compiled_ms: float = 4.0) -> list[dict[str, Any]]:
     """An eager bf16 of 10 ms, and a compiled one whose later rounds find the first one's compiler cache."""
     eager = [build.row(build.cell("bf16"), n, 10.0, graphs_compiled=0, compile_s=0.0) for n in range(len(seconds))]
     cell = build.cell("bf16+compile")
     return eager + [
         build.row(cell, n, compiled_ms, graphs_compiled=1, compile_s=s, graph_breaks=0, recompilations=1)
+        | {"compile_cache": "warm" if n else "cold"}
         for n, s in enumerate(seconds)
     ]
 
@@ -62,6 +64,44 @@ def test_table_uses_the_cold_compilation(build: SimpleNamespace, loaded: Loaded)
     assert "break-even" in shown
     assert "5,000" in shown
     assert "1 recompilation before measuring" in lines.loc["bf16+compile", "notes"]
+
+
+@pytest.mark.parametrize("first", ["failed", "warm", "unknown"])
+def test_warm_seconds_are_never_taken_for_cold_ones(build: SimpleNamespace, loaded: Loaded, first: str) -> None:
+    """A failed first round leaves its cache behind: what later rounds take says nothing of a first user's wait."""
+    given = rows(build, [30.0, 3.0, 3.0])
+    cold = next(row for row in given if row.get("compile_cache") == "cold")
+    cold |= {"outcome": "timeout", "reason": "slow"} if first == "failed" else {}
+    cold |= {"warm": {"compile_cache": "warm"}, "unknown": {"compile_cache": None}}.get(first, {})
+    table = comparison_table(loaded(given))
+    line = table.frame.set_index("optimization").loc["bf16+compile"]
+    assert math.isnan(line["cold_compile_s"]) and math.isnan(line["break_even_calls"])
+    assert any("no measured round began with an empty compiler cache" in note for note in line["notes"])
+    assert line["latency_ms_p50"] == 4.0
+    eager = table.frame.set_index("optimization").loc["bf16"]
+    assert not any("compiler cache" in note for note in eager["notes"])
+
+
+def test_a_second_cold_round_counts(build: SimpleNamespace, loaded: Loaded) -> None:
+    given = rows(build, [30.0, 3.0, 24.0])
+    given[3]["outcome"], given[5]["compile_cache"] = "error", "cold"
+    line = comparison_table(loaded(given)).frame.set_index("optimization").loc["bf16+compile"]
+    assert line["cold_compile_s"] == 24.0 and line["break_even_calls"] == pytest.approx(4000)
+
+
+def test_decoding_counts_steps_by_the_time_that_the_speed_up_compares(build: SimpleNamespace, loaded: Loaded) -> None:
+    """A step that is waited for takes 10 against 4 ms, in requests that run through it takes 8 against 6."""
+    given = rows(build, [30.0, 3.0, 3.0])
+    for row in given:
+        step_ms = 6.0 if row["optimization"] == "bf16+compile" else 8.0
+        row |= {"workload": "decode", "batch_size": 32, "throughput_per_s": 32 / (step_ms / 1e3)}
+    given += [row | {"optimization": "baseline", "cell_id": row["baseline_id"]} for row in given[:3]]
+    table = comparison_table(loaded(given))
+    line = table.frame.set_index("optimization").loc["bf16+compile"]
+    assert line["speedup"] == pytest.approx(8 / 6)
+    assert line["call_ms"] == pytest.approx(6.0)
+    assert line["break_even_calls"] == pytest.approx(30 / 0.002)
+    assert any("a step of the batch, one token for each of its sequences" in text for text in table.footnotes)
 
 
 def test_no_saving_is_empty(build: SimpleNamespace, loaded: Loaded) -> None:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import comparison_table, load, tradeoff_table, verdicts
+from analysis.compared import LEGEND_HOST
 from analysis.host_clock import clocks
 from analysis.inference import at_one_clock
 from analysis.pair import pairs
-from analysis.tables import LEGEND_HOST
 
 Loaded = Callable[..., pd.DataFrame]
 LATENCY, RATE = "latency_ms_p50", "throughput_per_s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -92,6 +93,96 @@ def test_decoding_is_compared_by_whole_requests(build: SimpleNamespace, loaded: 
     assert lines["decode"]["verdict"] == "faster"
     assert lines["decode"]["speedup"] == pytest.approx(1.25, rel=0.02)
     assert lines["decode"]["speedup_lo"] < 1.25 < lines["decode"]["speedup_hi"]
+
+
+REQUESTS = {"request_ms_mean": 800.0, "request_ms_std": 12.5, "request_ms_min": 780.0, "request_ms_max": 835.0}
+MEMORY = {"peak_reserved_bytes": 2 * 2**30, "fragmentation": 0.25}
+
+
+def test_decoding_has_the_columns_of_the_second_article(build: SimpleNamespace, loaded: Loaded) -> None:
+    """Mean, standard deviation, least and greatest of requests; allocated, reserved and what lies between."""
+    table = comparison_table(loaded(build.sweep(**REQUESTS, **MEMORY, workload="decode", batch_size=4)))
+    for format in ("csv", "json"):
+        text = render(table, format)
+        assert all(name in text for name in (*REQUESTS, *MEMORY, "peak_allocated_bytes")), format
+    line = table.frame.iloc[0]
+    assert {name: line[name] for name in (*REQUESTS, *MEMORY)} == REQUESTS | MEMORY
+    markdown = render(table, "md")
+    header = next(text for text in markdown.splitlines() if text.startswith("| optimization"))
+    for name in ("request ms", "request std", "request min", "request max", "reserved", "fragmented", "memory"):
+        assert f" {name} |" in header
+    assert "| 800 | 12.5 | 780 | 835 |" in markdown and "| 2.00 GiB | 25 % |" in markdown
+    text = render(table)
+    assert max(map(len, text.splitlines())) <= 120
+    left_out = text.split("Not shown for want of width:")[1]
+    assert "request max" in left_out and "speed-up" not in left_out and "latency" not in left_out
+
+
+def test_columns_stay_out_where_they_mean_nothing(build: SimpleNamespace, loaded: Loaded) -> None:
+    table = comparison_table(loaded(build.sweep(hardware=("cpu",))))
+    shown = {field.header for field in table.fields}
+    assert not shown & {"request std", "reserved", "fragmented", "skipped", "loss@8", "of ceiling", "MFU"}
+    assert not any(text.startswith(("request ms", "of ceiling", "loss@8")) for text in table.footnotes)
+
+
+def test_training_shows_skipped_steps_and_losses_that_are_apart(build: SimpleNamespace, loaded: Loaded) -> None:
+    losses = {"fp32": 2.0, "bf16": 2.03, "fp16": 2.05, "fp16+sgd": None}
+    rows = build.sweep(stacks=tuple(losses), optimizer_steps=20, optimizer_steps_skipped=0)
+    for row in rows:
+        row["loss_at_step_8"] = losses[row["optimization"]]
+        row["optimizer_steps_skipped"] = 2 if row["optimization"] == "fp16" else 0
+    table = comparison_table(loaded(rows))
+    lines = table.frame.set_index("optimization")
+    apart = {stack: [note for note in notes if "loss_apart" in note] for stack, notes in lines["notes"].items()}
+    assert apart == {"fp32": [], "bf16": [], "fp16": [LOSS_NOTE], "fp16+sgd": []}
+    assert lines.loc["bf16", "loss_apart"] == pytest.approx(0.015)
+    assert lines["optimizer_steps_skipped"].to_dict() == {"fp32": 0, "bf16": 0, "fp16": 2, "fp16+sgd": 0}
+    text = render(table, "md")
+    assert " loss@8 |" in text and " skipped |" in text
+    alone = comparison_table(loaded([row for row in rows if row["optimization"] != "fp32"], "alone"))
+    assert not any("loss_apart" in note for notes in alone.frame["notes"] for note in notes)
+
+
+LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step"
+
+
+def kernels(build: SimpleNamespace, causal: str, **more: Any) -> list[dict[str, Any]]:
+    point = f"attention[batch_size=4,causal={causal},sequence_length=4096]"
+    rows = build.sweep(stacks=("fp16+eager", "fp16+sdpa-flash"), model="none", workload="attention")
+    return [row | {"workload_point": point} | more for row in rows]
+
+
+def test_causal_kernels_show_what_they_execute(build: SimpleNamespace, loaded: Loaded) -> None:
+    """Counted as full, a kernel that skips the masked half would seem to run above the ceiling."""
+    rows = kernels(build, "true", mfu=1.3, flops=2e12, flops_least=1e12)
+    table = comparison_table(loaded(rows))
+    assert table.frame["ceiling_share"].tolist() == pytest.approx([0.65, 0.65])
+    assert table.frame["mfu"].isna().all()
+    for format in ("text", "md"):
+        text = render(table, format)
+        assert "of ceiling" in text and " 65 %" in text and "130 %" not in text and "MFU" not in text
+    assert any("of causal attention only the half" in text for text in table.footnotes)
+
+
+@pytest.mark.parametrize(("causal", "share"), [("false", 0.6), ("true", None)])
+def test_kernels_without_a_count_of_what_they_execute(
+    build: SimpleNamespace, loaded: Loaded, causal: str, share: float | None
+) -> None:
+    """Older rows: without a mask it is everything, with one nobody knows."""
+    line = comparison_table(loaded(kernels(build, causal, mfu=0.6))).frame.iloc[0]
+    assert pd.isna(line["mfu"])
+    assert pd.isna(line["ceiling_share"]) if share is None else line["ceiling_share"] == share
+
+
+def test_a_model_above_the_ceiling_is_corrected_too(build: SimpleNamespace, loaded: Loaded) -> None:
+    rows = build.sweep(stacks=("baseline", "bf16"), flops=2e12, flops_least=1.5e12)
+    rows = [row | {"mfu": 1.2 if row["optimization"] == "bf16" else 0.6} for row in rows]
+    table = comparison_table(loaded(rows))
+    lines = table.frame.set_index("optimization")
+    assert lines.loc["baseline", "mfu"] == 0.6 and pd.isna(lines.loc["baseline", "ceiling_share"])
+    assert pd.isna(lines.loc["bf16", "mfu"]) and lines.loc["bf16", "ceiling_share"] == pytest.approx(0.9)
+    assert any("by what must be executed" in note for note in lines.loc["bf16", "notes"])
+    assert "120 %" not in render(table, "md")
 
 
 def test_simulated_hardware_says_so_and_is_not_ranked(build: SimpleNamespace, loaded: Loaded) -> None:

@@ -33,6 +33,11 @@ WITH_ADAPTERS = [
 # Training loss of pocket after 20 steps of 4 x 32 tokens, relative to fp32's with the same seeds. Seen: at most 0.4 %.
 PRECISION_DISTANCE = 0.02
 
+
+def _no_reading(*_: Any) -> Any:
+    raise AssertionError("the host reads a tensor inside a call")
+
+
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
@@ -147,6 +152,29 @@ class TestLoss:
             assert first == float(session.step.first_loss)
             assert last == float(session.step.loss) < first
 
+    def test_of_the_eighth_step_is_the_same_however_many_follow(self, bench: Any) -> None:
+        """What is compared between cells: not overwritten by what comes later."""
+        found = []
+        for calls in (7, 8, 20):
+            with bench.live(job_for(bench, "fp32"), calls=0) as session:
+                train(session, min(calls, 8))
+                eighth = float(session.step.loss)
+                train(session, calls - min(calls, 8))
+                found.append((session.step.loss_at_step_8(), eighth))
+        assert found[0][0] is None
+        assert found[1] == found[2]
+        assert found[1][0] == found[1][1]
+
+    def test_of_the_eighth_step_is_not_read_while_timed(self, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        with bench.live(job_for(bench, "fp32"), calls=0) as session:
+            with monkeypatch.context() as watched:
+                for name in ("__float__", "cpu", "tolist"):  # AdamW reads its own step with `item` on a CPU
+                    watched.setattr(torch.Tensor, name, _no_reading)
+                train(session, 10)
+            assert session.step.loss_at_step_8() > 0
+
     def test_one_that_rises_is_flagged(self, bench: Any) -> None:
         with bench.live(job_for(bench, "fp32"), calls=0) as session:
             for group in session.step.optimizer.param_groups:
@@ -165,10 +193,20 @@ class TestLoss:
             metric.end(Phase.THROUGHPUT, session)
             found = metric.collect(session)
             elements = sum(parameter.numel() for parameter in session.model.parameters())
-        assert found["loss_last"] < found["loss_first"]
+        assert found["loss_last"] < found["loss_at_step_8"] < found["loss_first"]
         assert (found["optimizer_steps"], found["optimizer_steps_skipped"]) == (10, 0)
         assert 2 * elements < found["optimizer_state_bytes"] < 4 * elements
         assert found["optimizer_paged_bytes"] == 0
+
+    def test_too_few_steps_have_no_eighth(self, bench: Any) -> None:
+        from tasks.metric import Missing, Phase
+        from tasks.metrics.training import Training
+
+        with bench.live(job_for(bench, "fp32"), calls=0) as session:
+            train(session, 6)
+            metric = Training()
+            metric.end(Phase.THROUGHPUT, session)
+            assert metric.collect(session)["loss_at_step_8"] == Missing(reason="only 6 steps were asked for")
 
     def test_state_of_adamw_is_two_numbers_per_parameter(self, bench: Any) -> None:
         from tasks.metrics.training import state_bytes

@@ -192,3 +192,46 @@ def test_only_limits_what_is_measured_and_not_the_plan(sweep: Path, tmp_path: Pa
     assert "1 ok, 2 missing" in benchmatrix("status", tmp_path / "out").stdout
     with pytest.raises(orchestrator.sweep.SweepError, match="not to a Sweep"):
         orchestrator.run(orchestrator.sweep.make_sweep(document), out=tmp_path / "out", overrides=overrides)
+
+
+@pytest.fixture
+def decoded(tmp_path: Path) -> Path:
+    """Rows of two stacks at two lengths of the prompt, as far as the tables need them."""
+    import pandas as pd
+
+    rows = [
+        {
+            "schema_version": 1, "sweep": "tiny", "cell_id": f"{stack}-{tokens}", "baseline_id": f"bf16-{tokens}",
+            "group_id": str(tokens), "block_id": f"{tokens}-{number}", "round": number, "result_key": "key-versions",
+            "model": "pocket", "optimization": stack, "workload": "decode", "hardware": "cpu", "device_kind": "cpu",
+            "workload_point": f"decode[batch_size=1,new_tokens=8,prompt_tokens={tokens}]", "batch_size": 1,
+            "sequence_length": tokens, "outcome": "ok", "steady": True, "latency_ms_p50": 1.0, "profile": "quick",
+            "throughput_per_s": rate - tokens / 10 + number / 10, "kv_cache_bytes": 1024 * tokens,
+            "started_at": f"2026-11-29T10:0{number}:00+00:00", "attempt": 1,
+        }
+        for stack, rate in (("bf16", 400.0), ("bf16+static-cache", 300.0))
+        for tokens in (128, 512)
+        for number in range(3)
+    ]  # fmt: skip
+    (tmp_path / "results" / "rows").mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(tmp_path / "results" / "rows" / "part-000000.parquet")
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("format_", ["terminal", "md", "csv", "latex", "json"])
+@pytest.mark.parametrize(("kind", "text"), [("ladder", "unexplained"), ("growth", "KV B/token|kv_bytes_per_token")])
+def test_table_kinds(decoded: Path, kind: str, text: str, format_: str) -> None:
+    result = benchmatrix("table", decoded, "--kind", kind, "--format", format_)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert any(part in result.stdout for part in text.split("|"))
+
+
+def test_table_growth_needs_two_lengths(decoded: Path) -> None:
+    import pandas as pd
+
+    part = decoded / "rows" / "part-000000.parquet"
+    frame = pd.read_parquet(part)
+    frame[frame["sequence_length"] == 128].to_parquet(part)
+    result = benchmatrix("table", decoded, "--kind", "growth")
+    assert result.returncode == 2 and result.stdout == ""
+    assert "two or more prompt_tokens" in result.stderr

@@ -30,6 +30,20 @@ def texts(planned: list[PlannedCell]) -> list[str]:
     return [f"{item.cell.model.id} {item.cell.workload.kind} {item.cell.stack}" for item in planned]
 
 
+@pytest.mark.parametrize(
+    ("baseline", "rungs"),
+    [
+        ("bf16", {"bf16": 1, "fp32": 0, "nf4": 2}),
+        ("fp32", {"fp32": 0, "bf16": 1, "nf4": 2}),
+        ("baseline", {"baseline": 0, "fp32": 1, "bf16": 2, "nf4": 3}),
+    ],
+)
+def test_the_baseline_comes_first_and_keeps_its_rung(baseline: str, rungs: dict[str, int]) -> None:
+    planned = cells(optimizations=["fp32", "bf16", "nf4"], baseline=baseline)
+    assert str(planned[0].cell.stack) == baseline
+    assert {str(item.cell.stack): item.rung for item in planned} == rungs
+
+
 def sublists(values: list[Any], least: int = 1) -> st.SearchStrategy[list[Any]]:
     return st.lists(st.sampled_from(values), min_size=least, max_size=len(values), unique=True)
 

@@ -1,0 +1,141 @@
+"""What every table of cells stands on: a line per cell with verdict, memory and remarks, in the order of the plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from analysis.frames import column, numbers
+from analysis.host_clock import COMPARED, COMPARED_LOOP, host_loops
+from analysis.pair import KEY, cells
+from analysis.verdicts import verdicts
+from tasks.row import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import pandas as pd
+
+    from analysis.table import Field
+
+LEGEND_HOST = (
+    "at one host clock: steps that wait for their launches are as fast as the host's CPU, whose clock moved meanwhile; "
+    "it was measured beside them and taken out of the ratio, not out of times and rates."
+)
+HOST_NOTE = "ratio at one host clock"
+CALL = "call_ms"  # the compared time of one call, see `with_compared_time`
+NUMBERS = (
+    "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
+    "throughput_per_s_lo", "throughput_per_s_hi", "energy_j_per_unit", "perplexity", "kl_divergence", "accuracy",
+    "top1_agreement", "mbu", "mfu", "graph_breaks", "recompilations", "device_fraction", "offload_bytes_per_token",
+    "request_ms_mean", "request_ms_std", "request_ms_min", "request_ms_max", "decode_steps", "superfluous_steps",
+    "kv_cache_bytes", "kv_cache_bytes_per_token", "kv_cache_host_bytes", "stop_check_ms", "stop_check_hidden_share",
+    "peak_allocated_bytes", "peak_reserved_bytes", "fragmentation", "loss_first", "loss_last", "loss_at_step_8",
+    "optimizer_steps", "optimizer_steps_skipped", "call_ms",
+)  # fmt: skip
+
+
+def with_compared_time(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the time that speed-ups compare, in ms, the host's loop of its pass, and `call_ms`.
+
+    The compared time of decoding is that of one token of one sequence, from the throughput of whole requests; `call_ms`
+    is that of a call: when decoding, of a step that gives every sequence of the batch one token.
+    """
+    import pandas as pd
+
+    latency, rate = numbers(frame, "latency_ms_p50"), numbers(frame, "throughput_per_s")
+    by_rate = decodes(frame) & (rate > 0)
+    time = latency.mask(by_rate, 1e3 / rate)
+    loop = host_loops(frame, "latency_ms_p50").mask(by_rate, host_loops(frame, "throughput_per_s"))
+    call = latency.mask(by_rate, time * numbers(frame, "batch_size"))
+    return pd.concat([frame, time.rename(COMPARED), loop.rename(COMPARED_LOOP), call.rename(CALL)], axis=1)
+
+
+def decodes(frame: pd.DataFrame) -> pd.Series[bool]:
+    return (column(frame, "workload") == "decode").fillna(False).astype(bool)
+
+
+def compared(
+    frame: pd.DataFrame, metric: str, samples: pd.DataFrame | None, floor: float | Mapping[str, float]
+) -> pd.DataFrame:
+    """One line per cell with its verdict, columns guaranteed, baseline first in its group."""
+    import pandas as pd
+
+    table = cells(frame, samples)
+    judged = verdicts(frame, metric, floor).drop(columns=["baseline_id", "metric", "rounds"])
+    table = table.merge(judged, on=KEY, how="left").copy()
+    table["memory_bytes"] = _memory(table)
+    for name in (*NUMBERS, "ratio", "lo", "hi"):
+        table[name] = numbers(table, name)
+    if "throughput_unit" not in table:
+        table["throughput_unit"] = pd.Series(pd.NA, index=table.index, dtype="string")
+    table["is_baseline"] = (table["cell_id"] == table["baseline_id"]).fillna(False).astype(bool)
+    table["hardware"] = _hardware(table)
+    # In the plan's order, or that in which models, workload points and hardware first appear; short stacks first.
+    table["_techniques"] = [str(stack).count("+") for stack in table["optimization"]]
+    table["_planned"] = numbers(table, "plan_order")
+    table = table.sort_values("_planned", kind="stable")
+    for name in ("model", "workload_point", "hardware"):
+        table[f"_{name}"] = pd.factorize(table[name])[0]
+    table["_other"] = ~table["is_baseline"]
+    order = ["_model", "_workload_point", "_hardware", "_other", "_planned", "_techniques"]
+    return table.sort_values(order, kind="stable").drop(columns=order).reset_index(drop=True)
+
+
+def _memory(table: pd.DataFrame) -> pd.Series[Any]:
+    """Peak bytes where the cell ran: allocated on a CUDA device, resident on a CPU."""
+    device, host = numbers(table, "peak_allocated_bytes"), numbers(table, "peak_host_bytes")
+    if "device_kind" in table:
+        return host.where((table["device_kind"] == "cpu").fillna(False).astype(bool), device)
+    return device.where(device.notna(), host)
+
+
+def _hardware(table: pd.DataFrame) -> list[str]:
+    """The tag, told apart by result folder where two folders have the same, and marked where simulated."""
+    folders = table.groupby("hardware")["result_dir"].nunique()
+    labels = []
+    for tag, folder, simulated in zip(table["hardware"], table["result_dir"], table["simulated"], strict=True):
+        label = f"{tag} ({str(folder).rstrip('/').rpartition('/')[2]})" if folders.get(tag, 1) > 1 else str(tag)
+        labels.append(f"{label} (simulated)" if simulated else label)
+    return labels
+
+
+def notes(row: dict[str, Any], flags: bool = True) -> list[str]:
+    """Remarks on one cell, most important first."""
+    found = []
+    outcome, rounds = row["outcome"], row["rounds"]
+    if outcome != Outcome.OK:
+        some = "" if row["rounds_ok"] == 0 else f" in {row['outcomes'].get(outcome, 0)} of {rounds} rounds"
+        found.append(f"{outcome}{some}: {row['reason'] or 'no reason given'}")
+    if flags:
+        for flag, count in sorted((row["flags"] or {}).items()):
+            found.append(flag if count == rounds else f"{flag} in {count} of {rounds} rounds")
+    for name, noun in (("graph_breaks", "graph break"), ("recompilations", "recompilation")):
+        if (count := row.get(name) or 0) > 0:
+            found.append(f"{count:g} {noun}{'s' if count > 1 else ''} before measuring")
+    barred = row["barred"] if isinstance(row["barred"], list) else []
+    if row["rounds_ok"] and outcome == Outcome.OK:
+        if barred:
+            found.append(f"no verdict: {', '.join(barred)}")
+        elif row["left_out"] == row["left_out"] and row["left_out"] > 0:
+            found.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
+        if row["host_clock"] is True:
+            found.append(HOST_NOTE)
+    return found
+
+
+def legend_host(notes: Iterable[list[str]]) -> tuple[str, ...]:
+    return (LEGEND_HOST,) if any(note.endswith(HOST_NOTE) for found in notes for note in found) else ()
+
+
+def interval(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_lo", f"{name}_hi"
+
+
+def present(table: pd.DataFrame, fields: list[Field]) -> tuple[Field, ...]:
+    """Without the columns that no row has a value for; a verdict is judged by its ratio, the last of its sources."""
+
+    def has_values(field: Field) -> bool:
+        name = field.sources[-1 if field.form == "verdict" else 0]
+        return name in table and bool(table[name].notna().any())
+
+    return tuple(field for field in fields if field.word or field.form in ("text", "marked_ratio") or has_values(field))
