@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import column, numbers
-from analysis.host_clock import COMPARED, COMPARED_LOOP, host_loops
+from analysis.host_clock import COMPARED, COMPARED_LOOP, HIGHER_IS_BETTER, host_loops
 from analysis.pair import KEY, cells
 from analysis.verdicts import verdicts
 from tasks.row import Outcome
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 LEGEND_HOST = (
     "at one host clock: steps that wait for their launches are as fast as the host's CPU, whose clock moved meanwhile; "
-    "it was measured beside them and taken out of the ratio, not out of times and rates."
+    "it was measured beside them, and this is the ratio without it. Verdicts are of the ratio as it was."
 )
-HOST_NOTE = "ratio at one host clock"
+HOST_NOTE = "at one host clock"
 CALL = "call_ms"  # the compared time of one call, see `with_compared_time`
 NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
@@ -62,6 +62,7 @@ def compared(
 
     table = cells(frame, samples)
     judged = verdicts(frame, metric, floor).drop(columns=["baseline_id", "metric", "rounds"])
+    judged["clock_note"] = _clock_notes(judged, metric)
     table = table.merge(judged, on=KEY, how="left").copy()
     table["memory_bytes"] = _memory(table)
     for name in (*NUMBERS, "ratio", "lo", "hi"):
@@ -118,13 +119,23 @@ def notes(row: dict[str, Any], flags: bool = True) -> list[str]:
             found.append(f"no verdict: {', '.join(barred)}")
         elif row["left_out"] == row["left_out"] and row["left_out"] > 0:
             found.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
-        if row["host_clock"] is True:
-            found.append(HOST_NOTE)
+        if isinstance(row.get("clock_note"), str):
+            found.append(row["clock_note"])
+    return found
+
+
+def _clock_notes(table: pd.DataFrame, metric: str) -> list[str | None]:
+    """The speed-up at one clock of the host in words, where it is known."""
+    found: list[str | None] = []
+    for middle, low, high in zip(*(table[f"clock_{name}"] for name in ("ratio", "lo", "hi")), strict=True):
+        ends = [low, high] if metric in HIGHER_IS_BETTER else [1 / high, 1 / low]
+        speed = middle if metric in HIGHER_IS_BETTER else 1 / middle
+        found.append(f"{HOST_NOTE} {speed:.2f}x +- {(ends[1] - ends[0]) / 2:.2f}" if middle == middle else None)
     return found
 
 
 def legend_host(notes: Iterable[list[str]]) -> tuple[str, ...]:
-    return (LEGEND_HOST,) if any(note.endswith(HOST_NOTE) for found in notes for note in found) else ()
+    return (LEGEND_HOST,) if any(HOST_NOTE in note for found in notes for note in found) else ()
 
 
 def interval(name: str) -> tuple[str, str, str]:

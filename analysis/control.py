@@ -2,7 +2,8 @@
 
 A control is a cell whose stack is another cell's plus `again`. The gate passes where the two are indistinguishable,
 their ratio is near one, and the runs of each agree; a group whose control fails is not ranked. The greatest ratio of a
-device's passing controls is the floor below which no difference is called one.
+device's passing controls is the floor below which no difference is called one; controls that wait for their launches
+give the floor of such cells only. What is compared is what the table compares: the time of `COMPARED`, or the rate.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from analysis.compared import with_compared_time
 from analysis.frames import numbers, records
+from analysis.host_clock import COMPARED, WAITED
 from analysis.pair import KEY
 from analysis.table import Field, Table
-from analysis.verdicts import INDISTINGUISHABLE, verdicts
+from analysis.verdicts import INDISTINGUISHABLE, verdicts, waited_on
 from tasks.row import Outcome
 from tasks.statistics import coefficient_of_variation
 
@@ -23,9 +26,10 @@ if TYPE_CHECKING:
 SUFFIX = "again"
 FAILED = "aa_failed"
 LIMITS = {"cuda": 0.02, "cpu": 0.03}  # of the ratio's distance from one, and of the variation between rounds
+WAITED_LIMIT = 0.05  # the same where steps wait for their launches, and so for the clock of a shared host
 GATE_COLUMNS = [
     "model", "workload_point", "hardware", "optimization", "rounds", "median_ms", "variation", "ratio", "lo", "hi",
-    "mde", "verdict", "passed", "why", "result_dir", "group_id",
+    "mde", "verdict", "passed", "why", "waited", "result_dir", "group_id",
 ]  # fmt: skip
 
 
@@ -37,13 +41,15 @@ def controlled_stack(optimization: str) -> str | None:
     return "+".join(part for part in parts if part != SUFFIX) or "baseline"
 
 
-def gate(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
+def gate(frame: pd.DataFrame, metric: str = COMPARED) -> pd.DataFrame:
     """One line per control: ratio to what it repeats, variation between rounds, and whether the gate is passed.
 
     Columns: `GATE_COLUMNS`. `variation` is the greater of the two cells' coefficients of variation between rounds.
     """
     import pandas as pd
 
+    if metric == COMPARED and COMPARED not in frame:
+        frame = with_compared_time(frame)
     lines = []
     for control, repeated in _controls(frame):
         both = frame[frame["cell_id"].isin([control["cell_id"], repeated]) & (frame["outcome"] == Outcome.OK)]
@@ -51,7 +57,9 @@ def gate(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
         both = both.assign(baseline_id=repeated)
         judged = records(verdicts(both, metric))
         values = {cell: numbers(rows, metric).dropna().tolist() for cell, rows in both.groupby("cell_id")}
-        lines.append(_line(control, judged[0] if judged else {}, values))
+        flagged = [WAITED in list(flags) for flags in both["flags"]]
+        waited = 2 * sum(flagged) > len(flagged)
+        lines.append(_line(control, judged[0] if judged else {}, values, waited))
     return pd.DataFrame(lines, columns=GATE_COLUMNS)
 
 
@@ -69,8 +77,10 @@ def _controls(frame: pd.DataFrame) -> list[tuple[dict[str, Any], str]]:
     return found
 
 
-def _line(control: dict[str, Any], judged: dict[str, Any], values: dict[str, list[float]]) -> dict[str, Any]:
-    limit = LIMITS.get(str(control["device_kind"]), LIMITS["cpu"])
+def _line(
+    control: dict[str, Any], judged: dict[str, Any], values: dict[str, list[float]], waited: bool
+) -> dict[str, Any]:
+    limit = WAITED_LIMIT if waited else LIMITS.get(str(control["device_kind"]), LIMITS["cpu"])
     variations = [coefficient_of_variation(of_cell) for of_cell in values.values()]
     variation = max((value for value in variations if value is not None), default=math.nan)
     ratio = judged.get("ratio", math.nan)
@@ -93,6 +103,7 @@ def _line(control: dict[str, Any], judged: dict[str, Any], values: dict[str, lis
         **{name: control[name] for name in names},
         **{name: judged.get(name) for name in ("rounds", "lo", "hi", "mde", "verdict")},
         "median_ms": sorted(own)[len(own) // 2] if own else None,
+        "waited": waited,
         "variation": variation,
         "ratio": ratio,
         "passed": not why,
@@ -100,21 +111,25 @@ def _line(control: dict[str, Any], judged: dict[str, Any], values: dict[str, lis
     }
 
 
-def floors(frame: pd.DataFrame) -> dict[str, float]:
-    """Per hardware tag, the greatest |ratio - 1| of its passing controls; absent without controls."""
-    lines = records(gate(frame)) if len(frame) else []
+def floors(frame: pd.DataFrame, metric: str = COMPARED) -> dict[str, float]:
+    """Per hardware tag, the greatest |ratio - 1| of its passing controls; absent without controls.
+
+    Those that wait for their launches stand apart, under `analysis.verdicts.waited_on`.
+    """
+    lines = records(gate(frame, metric)) if len(frame) else []
     result: dict[str, float] = {}
     for line in lines:
         if line["passed"]:
-            result[line["hardware"]] = max(result.get(line["hardware"], 0.0), abs(line["ratio"] - 1))
+            name = waited_on(line["hardware"]) if line["waited"] else line["hardware"]
+            result[name] = max(result.get(name, 0.0), abs(line["ratio"] - 1))
     return result
 
 
-def with_gate(frame: pd.DataFrame) -> pd.DataFrame:
+def with_gate(frame: pd.DataFrame, metric: str = COMPARED) -> pd.DataFrame:
     """The frame with the flag `aa_failed` on every row of a group whose control failed: barred from verdicts."""
     import pandas as pd
 
-    failed = {(line["result_dir"], line["group_id"]) for line in records(gate(frame)) if not line["passed"]}
+    failed = {(line["result_dir"], line["group_id"]) for line in records(gate(frame, metric)) if not line["passed"]}
     if not failed:
         return frame
     groups = zip(frame["result_dir"], frame["group_id"], frame["flags"], strict=True)

@@ -47,25 +47,32 @@ def clocks(frame: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 
 def at_one_host_clock(pairs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Pairs with `log_ratio` at one clock where that helps, and the column `host_clock`, which says where.
+    """Pairs with `log_ratio_at_clock`, at one clock where that helps, and `host_clock`, which says where.
+
+    Whether it helps is asked of the pairs that nothing bars; the others follow.
 
     Args:
-        pairs: with `clock_ratio`, the difference of the two sides' `clocks`, and the columns of `POOL`.
+        pairs: with `clock_ratio`, the difference of the two sides' `clocks`, `barred` and the columns of `POOL`.
         metric: a time, or `throughput_per_s`.
     """
     import numpy as np
 
     from analysis.inference import at_one_clock
 
-    ratio, used = pairs["log_ratio"].to_numpy(dtype=np.float64).copy(), np.zeros(len(pairs), dtype=bool)
+    raw, used = pairs["log_ratio"].to_numpy(dtype=np.float64), np.zeros(len(pairs), dtype=bool)
+    free = np.array([not reasons for reasons in pairs["barred"]], dtype=bool)
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     clock = pairs["clock_ratio"].to_numpy(dtype=np.float64)
+    brought = raw - sign * clock
     positions = pairs.assign(position=np.arange(len(pairs)))[~np.isnan(clock)]
     pools = [positions[name].astype("string") for name in POOL]
     for _, pool in positions.groupby(pools, sort=False, dropna=False):
         where = pool["position"].to_numpy()
-        if not clock[where].any():
+        asked = where[free[where]]
+        if not clock[asked].any():
             continue
         comparisons = np.asarray(pool.groupby("cell_id", sort=False).ngroup(), dtype=np.int64)
-        ratio[where], used[where] = at_one_clock(ratio[where], ratio[where] - sign * clock[where], comparisons)
-    return pairs.assign(log_ratio=ratio, host_clock=used)
+        of_asked = comparisons[free[where]]
+        _, helped = at_one_clock(raw[asked], brought[asked], of_asked)
+        used[where] = np.isin(comparisons, of_asked[helped])
+    return pairs.assign(log_ratio_at_clock=np.where(used, brought, raw), host_clock=used)

@@ -7,8 +7,10 @@ usual size. So each variance is drawn towards what the *other* comparisons show,
 themselves (empirical Bayes on log-variances, Smyth 2004), and the t-distribution gains the degrees of freedom that
 they are worth:
 
-- comparisons of one group share their baseline's noise; their log-variances are taken as correlated by 1/4, the square
-  of the correlation 1/2 of the differences, so twenty of one group are not counted as twenty witnesses;
+- comparisons of one group share their baseline's noise, so twenty of one group are not twenty witnesses: their
+  log-variances are correlated by the square of the correlation of their differences, which is 1/2 where all runs are
+  alike, and near 1 where the baseline is the noisy one. It is estimated over the sweep, and never taken as less than
+  1/2; no cell gains more degrees of freedom than so many independent witnesses have;
 - a group whose level visibly departs from the rest of the device (host-bound beside device-bound) is pooled only
   with itself: two-sided test at 10 %;
 - a stack visibly noisier than its prior (F test at 10 %) keeps its own variance and its own k - 1 degrees of freedom:
@@ -17,12 +19,14 @@ they are worth:
 
 Steps that wait for their launches take as long as the host's clock lets them, and a shared host's moves by a tenth and
 more within minutes, also inside a block. Rows hold the time of a fixed loop on the CPU that fed the device
-(`host_loop_ms`), and what such steps need is a number of those loops. So their pairs are compared at one clock where
-that visibly helps: where the variance within the comparisons of a host, sweep and workload, together at least six
-degrees of freedom, falls to half or less, and by more than chance lets it (F test at 5 %). It is a control variate,
-with the slope that the mechanism gives and not one fitted to a few rounds, for all of these comparisons, except those
-that visibly scatter more with it (the same test): something else limited them. To choose the lesser variance for each
-one would make false differences in a quarter of the sweeps; to choose with less evidence makes some, too.
+(`host_loop_ms`), and what such steps need is a number of those loops. So their ratio is given at one clock as well,
+beside the one that verdicts are of, where that visibly helps: where the variance within the comparisons of a host,
+sweep and workload, together at least six degrees of freedom, falls to half or less, and by more than chance lets it (F
+test at 5 %). It is a control variate, with the slope that the mechanism gives and not one fitted to a few rounds, for
+all of these comparisons, except those that visibly scatter more with it (the same test): something else limited them.
+No verdict rests on it: what it takes out includes the mean difference of the loops, and a loop that is slower beside
+one stack for a reason of its own (that stack's threads, a sibling of the core) would become a difference of the stacks,
+which no control could see.
 
 The fallback is the cell's own paired variance rather than Welch's unpaired one, which would count the block's drift.
 """
@@ -41,7 +45,7 @@ LEVEL = 0.95
 MARGIN = 0.01
 NOISIER_ALPHA = 0.10
 DEPARTS_Z = 1.645
-SHARED_BASELINE = 0.25
+SHARED_BASELINE = 0.5  # correlation of differences to one baseline, where all runs are equally noisy
 NOISE_FLOOR = 1e-4  # no clock resolves less; keeps identical rounds from claiming certainty
 CLOCK_GAIN, CLOCK_ALPHA, CLOCK_DEGREES = 0.5, 0.05, 6
 FOUND_IN = 0.80  # the smallest detectable effect is found in this share of sweeps
@@ -110,10 +114,38 @@ def trigamma_inverse(y: Floats) -> Floats:
     return np.asarray(np.where(y <= 1e-7, np.inf, x))
 
 
-def moderated_variance(variances: Floats, rounds: Floats, groups: npt.NDArray[np.int64]) -> Variance:
+def baseline_correlation(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+    """Correlation (...,) of the differences of one group, over all groups, from paired log-ratios (..., cells, rounds).
+
+    NaN where a cell has no pair in a round. Not below `SHARED_BASELINE`, that where no group has two cells, and near it
+    where there are few pairs of cells to tell: it counts as much as two of them do.
+    """
+    there = ~np.isnan(values)
+    count = np.maximum(there.sum(axis=-1, keepdims=True), 1)
+    centred = np.where(there, values - np.nansum(values, axis=-1, keepdims=True) / count, 0.0)
+    products, squares, told = np.zeros(values.shape[:-2]), np.zeros(values.shape[:-2]), 0.0
+    for group in np.unique(groups):
+        part, known = centred[..., groups == group, :], there[..., groups == group, :].sum(axis=-2)
+        own = (part**2).sum(axis=-2)
+        products += (part.sum(axis=-2) ** 2 - own).sum(axis=-1)
+        squares += (own * np.maximum(known - 1, 0)).sum(axis=-1)
+        told += max(int((groups == group).sum()) - 1, 0) * (values.shape[-1] - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = products / squares
+    found = np.clip(np.where(squares > 0, found, SHARED_BASELINE), SHARED_BASELINE, 1.0)
+    return np.asarray(SHARED_BASELINE + (found - SHARED_BASELINE) * told / (told + 2))
+
+
+def moderated_variance(
+    variances: Floats,
+    rounds: Floats,
+    groups: npt.NDArray[np.int64],
+    correlation: Floats | float = SHARED_BASELINE,
+) -> Variance:
     """Moderate `variances` (..., cells) of paired differences with `rounds` (cells,) >= 2 of comparison `groups`.
 
-    All cells are of one device and sweep. Leading axes are independent repetitions.
+    All cells are of one device and sweep; `correlation` (...,) is that of a group's differences. Leading axes are
+    independent repetitions.
     """
     from scipy.special import fdtrc, polygamma, psi
 
@@ -126,8 +158,9 @@ def moderated_variance(variances: Floats, rounds: Floats, groups: npt.NDArray[np
     same = groups[:, None] == groups[None, :]
     others = ~np.eye(groups.size, dtype=bool)
 
-    apart = _departs(z, spread, same, member)
-    from_group, from_all = (_prior(z, spread, use, member) for use in (same & others, others))
+    shared = np.asarray(correlation, dtype=np.float64)[..., None] ** 2
+    apart = _departs(z, spread, same, member, shared)
+    from_group, from_all = (_prior(z, spread, use, member, shared, own_degrees) for use in (same & others, others))
     degrees, prior = (np.where(apart, group, all_) for group, all_ in zip(from_group, from_all, strict=True))
 
     known = degrees > 0
@@ -141,7 +174,14 @@ def moderated_variance(variances: Floats, rounds: Floats, groups: npt.NDArray[np
     )
 
 
-def _prior(z: Floats, spread: Floats, use: Bools, member: Bools) -> tuple[Floats, Floats]:
+def _clustered(counts: npt.NDArray[np.int64], shared: Floats) -> Floats:
+    """Variance of a sum of unit variances, of which `counts` (cells, groups) are correlated by `shared` (..., 1)."""
+    return np.asarray(counts.sum(axis=1) + shared * (counts * (counts - 1)).sum(axis=1))
+
+
+def _prior(
+    z: Floats, spread: Floats, use: Bools, member: Bools, shared: Floats, own_degrees: Floats
+) -> tuple[Floats, Floats]:
     """Degrees of freedom and variance that the used others (cells, cells) lend to each cell; 0 where there are none."""
     from scipy.special import psi
 
@@ -153,21 +193,23 @@ def _prior(z: Floats, spread: Floats, use: Bools, member: Bools) -> tuple[Floats
     expected = spread @ weight
     excess = np.maximum(observed - expected, 0.0)
     per_group = use.astype(np.int64) @ member.astype(np.int64)
-    sampling = expected * (per_group * (1 + (per_group - 1) * SHARED_BASELINE)).sum(axis=1) / n**2
+    sampling = expected * _clustered(per_group, shared) / n**2
     agreement = 2 * trigamma_inverse(excess)
     location = 2 * trigamma_inverse(np.where(count > 0, sampling + excess / n, 1.0))
     half = np.minimum(agreement, 1e9) / 2
-    degrees = np.where(count > 0, np.minimum(agreement, location), 0.0)
+    witnesses = (count + 1) ** 2 / _clustered(per_group + member, shared)  # with the cell itself
+    gained = own_degrees * np.maximum(witnesses - 1, 0.0)
+    degrees = np.where(count > 0, np.minimum(np.minimum(agreement, location), gained), 0.0)
     return degrees, np.exp(centre + psi(half) - np.log(half))
 
 
-def _departs(z: Floats, spread: Floats, same: Bools, member: Bools) -> Bools:
+def _departs(z: Floats, spread: Floats, same: Bools, member: Bools, shared: Floats) -> Bools:
     """Whether the level of a cell's group differs from that of the rest of the device."""
     in_group, in_rest = same.sum(axis=1), np.maximum((~same).sum(axis=1), 1)
     difference = z @ (same.T / in_group) - z @ ((~same).T / in_rest)
     sizes = (~same).astype(np.int64) @ member.astype(np.int64)
-    noise = (spread @ (same.T / in_group)) * (1 + (in_group - 1) * SHARED_BASELINE) / in_group
-    noise = noise + spread.mean() * (sizes * (1 + (sizes - 1) * SHARED_BASELINE)).sum(axis=1) / in_rest**2
+    noise = (spread @ (same.T / in_group)) * (1 + (in_group - 1) * shared) / in_group
+    noise = noise + spread.mean() * _clustered(sizes, shared) / in_rest**2
     return np.asarray((np.abs(difference) > DEPARTS_Z * np.sqrt(noise)) & ((~same).sum(axis=1) > 0))
 
 

@@ -25,6 +25,7 @@ BARRING_FLAGS = frozenset(
         "cpu_starved",
         "aa_failed",
         "passes_contradict",
+        "throttled",  # by heat or the power brake; a software power cap is normal, and no flag
         "executed_instead",
     }
 )
@@ -61,9 +62,9 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     """Each measured row with the row of its own baseline in the same block.
 
     Columns: result_dir, cell_id, baseline_id, round, block_id, value, baseline_value, log_ratio (of value to baseline
-    value, at one clock of the host where `host_clock` says so: see `analysis.host_clock`), barred (why this pair may
-    not decide, a list), widened, host_clock. Baselines are not paired with themselves; rows
-    without a positive value, or not `ok`, form no pair.
+    value), log_ratio_at_clock (the same at one clock of the host, where `host_clock` says that this helps: see
+    `analysis.host_clock`), barred (why this pair may not decide, a list), widened, host_clock. Baselines are not paired
+    with themselves; rows without a positive value, or not `ok`, form no pair.
     """
     import numpy as np
     import pandas as pd
@@ -84,17 +85,17 @@ def pairs(frame: pd.DataFrame, metric: str = "latency_ms_p50") -> pd.DataFrame:
     )
     joined["log_ratio"] = np.log(joined["value"]) - np.log(joined["value_of_baseline"])
     joined["clock_ratio"] = joined["clock"] - joined["clock_of_baseline"]
-    joined = at_one_host_clock(joined, metric)
     steady, other_steady = (
         joined[name].fillna(True).astype(bool).tolist() for name in ("steady", "steady_of_baseline")
     )
     sides = list(zip(joined["flags"], steady, joined["flags_of_baseline"], other_steady, strict=True))
     joined["barred"] = pd.Series([_barred(*side) for side in sides], index=joined.index, dtype="object")
+    joined = at_one_host_clock(joined, metric)
     joined["widened"] = [bool(WIDENING_FLAGS & {*flags, *other}) for flags, _, other, _ in sides]
     joined = joined.rename(columns={"value_of_baseline": "baseline_value"})
     names = ["result_dir", "cell_id", "baseline_id", "round", "block_id", "value", "baseline_value", "log_ratio"]
     return (
-        joined[[*names, "barred", "widened", "host_clock"]]
+        joined[[*names, "log_ratio_at_clock", "barred", "widened", "host_clock"]]
         .sort_values([*KEY, "round"], kind="stable")
         .reset_index(drop=True)
     )

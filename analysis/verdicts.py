@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.frames import records
-from analysis.host_clock import HIGHER_IS_BETTER
-from analysis.inference import MARGIN, Variance, judge, moderated_variance
+from analysis.host_clock import HIGHER_IS_BETTER, WAITED
+from analysis.inference import MARGIN, Floats, Variance, baseline_correlation, judge, moderated_variance
 from analysis.pair import KEY, cells, pairs
 from tasks.row import Outcome
 
@@ -40,7 +40,8 @@ def verdicts(
         degrees, own_variance: of the t-distribution; whether the cell's own rounds alone gave the variance
         barred: why there is no verdict, a list
         left_out: pairs not used, because a flag bars them
-        host_clock: the ratio is at one clock of the host, see `analysis.host_clock`
+        clock_ratio, clock_lo, clock_hi: the ratio and its interval at one clock of the host, where that visibly helps
+            (`analysis.host_clock`), else null; no verdict rests on it
 
     Pairs that a flag bars are left out while more than half of them, and at least two, remain; otherwise all are used
     and the verdict is barred.
@@ -48,12 +49,24 @@ def verdicts(
     Args:
         frame: rows as `load` gives them.
         metric: a time (less is faster), or `throughput_per_s`.
-        floor: what the machine shows between equals (A/A gate), as a fraction, or per hardware tag.
+        floor: what the machine shows between equals (A/A gate), as a fraction, or as `analysis.control.floors` has it.
     """
+    found, summaries = pairs(frame, metric), cells(frame)
+    result = _judged(summaries, found, metric, floor)
+    brought = found.assign(log_ratio=found["log_ratio_at_clock"])
+    at_clock = _judged(summaries, brought, metric, floor) if found["host_clock"].any() else result
+    for name in ("ratio", "lo", "hi"):
+        result[f"clock_{name}"] = at_clock[name].where(at_clock["host_clock"])
+    return result.drop(columns="host_clock")
+
+
+def _judged(
+    summaries_of: pd.DataFrame, found: pd.DataFrame, metric: str, floor: float | Mapping[str, float]
+) -> pd.DataFrame:
     import pandas as pd
 
-    by_cell = {key: group for key, group in pairs(frame, metric).groupby(KEY, sort=False)}  # noqa: C416
-    summaries = {(row["result_dir"], row["cell_id"]): row for row in records(cells(frame))}
+    by_cell = {key: group for key, group in found.groupby(KEY, sort=False)}  # noqa: C416
+    summaries = {(row["result_dir"], row["cell_id"]): row for row in records(summaries_of)}
     lines = []
     for key, row in summaries.items():
         if not isinstance(row["baseline_id"], str) or row["cell_id"] == row["baseline_id"]:
@@ -65,7 +78,7 @@ def verdicts(
     return result.drop(columns=_INTERNAL)
 
 
-_INTERNAL = ["pool", "group_id", "log_mean", "log_variance", "floor", "widened"]
+_INTERNAL = ["pool", "group_id", "log_mean", "log_variance", "logs", "floor", "widened"]
 _COLUMNS = [
     "result_dir", "cell_id", "baseline_id", "metric", "rounds", "ratio", "lo", "hi", "p", "p_holm", "verdict",
     "equivalent", "mde", "degrees", "own_variance", "barred", "left_out", "host_clock", *_INTERNAL,
@@ -102,9 +115,22 @@ def _line(
         "group_id": (row["result_dir"], row["group_id"] if isinstance(row["group_id"], str) else row["baseline_id"]),
         "log_mean": values.mean() if values.size else float("nan"),
         "log_variance": values.var(ddof=1) if values.size > 1 else float("nan"),
-        "floor": floor if isinstance(floor, int | float) else floor.get(row["hardware"], 0.0),
+        "logs": {} if used is None else dict(zip(used["block_id"], values, strict=True)),
+        "floor": floor if isinstance(floor, int | float) else _floor(row, baseline, floor),
         "widened": bool(used is not None and used["widened"].any()),
     }
+
+
+def _floor(row: _Line, baseline: _Line | None, floors: Mapping[str, float]) -> float:
+    """What equals show on this hardware; among cells that wait for their host, what such equals do."""
+    waited = any(WAITED in (side["flags"] or {}) for side in (row, baseline) if side is not None)
+    names = [row["hardware"], waited_on(row["hardware"])] if waited else [row["hardware"]]
+    return max(floors.get(name, 0.0) for name in names)
+
+
+def waited_on(hardware: str) -> str:
+    """Name of the floor of cells of `hardware` that wait for their launches."""
+    return f"{hardware} {WAITED}"
 
 
 def _cell_reasons(row: _Line, baseline: _Line | None) -> list[str]:
@@ -138,7 +164,8 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
     for _, pool in result.loc[tested].groupby("pool", sort=False):
         groups = np.asarray(pool.groupby("group_id", sort=False).ngroup(), dtype=np.int64)
         rounds = pool["rounds"].to_numpy(dtype=np.float64)
-        moderated = moderated_variance(pool["log_variance"].to_numpy(dtype=np.float64), rounds, groups)
+        shared = baseline_correlation(_by_block(pool["logs"]), groups)
+        moderated = moderated_variance(pool["log_variance"].to_numpy(dtype=np.float64), rounds, groups, shared)
         result.loc[pool.index, "log_variance"] = moderated.variance
         result.loc[pool.index, "degrees"] = moderated.degrees
         result.loc[pool.index, "own_variance"] = moderated.own
@@ -146,6 +173,16 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
         index = tested[[bool(reasons) == barred for reasons in result.loc[tested, "barred"]]]
         if len(index):
             _judge(result, index, metric, barred)
+
+
+def _by_block(logs: pd.Series[Any]) -> Floats:
+    """Log-ratios (cells, blocks), NaN where a cell has none."""
+    blocks = {block: number for number, block in enumerate(dict.fromkeys(name for of_cell in logs for name in of_cell))}
+    table = np.full((len(logs), len(blocks)), np.nan)
+    for number, of_cell in enumerate(logs):
+        for block, value in of_cell.items():
+            table[number, blocks[block]] = value
+    return table
 
 
 def _judge(result: pd.DataFrame, index: pd.Index[Any], metric: str, barred: bool) -> None:

@@ -42,7 +42,7 @@ def print_results(directory: Path, where: str) -> None:
 
 def print_table(directories: Sequence[str], kind: str, format_: str) -> None:
     """One table of one or several result folders, in one format and nothing else."""
-    from analysis.control import floors
+    from analysis.control import floors, with_gate
     from analysis.growth import growth_table
     from analysis.ladder import ladder_table
 
@@ -51,7 +51,7 @@ def print_table(directories: Sequence[str], kind: str, format_: str) -> None:
         case "tradeoff":
             table = _tradeoff(frame)
         case "ladder":
-            table = ladder_table(frame, floors(frame))
+            table = ladder_table(with_gate(frame), floors(frame))
         case "growth":
             table = growth_table(frame)
         case _:
@@ -154,25 +154,25 @@ def read_state(path: Path, directory: str) -> State:
 
 
 def _load(directories: Sequence[str | Path]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    from analysis.control import with_gate
     from analysis.load import load, load_samples
 
-    frame = with_gate(load(list(directories)))
+    frame = load(list(directories))
     return frame, load_samples(directories[0]) if len(directories) == 1 else None
 
 
 def _comparison(frame: pd.DataFrame, samples: pd.DataFrame | None) -> Table:
-    from analysis.control import floors
+    from analysis.control import floors, with_gate
     from analysis.tables import comparison_table
 
-    return comparison_table(frame, samples, floors(frame))
+    return comparison_table(with_gate(frame), samples, floors(frame))
 
 
 def _tradeoff(frame: pd.DataFrame) -> Table:
-    from analysis.control import floors
+    from analysis.control import floors, with_gate
     from analysis.tradeoff import tradeoff_table
 
-    return tradeoff_table(frame, floors(frame))
+    metric = "throughput_per_s"
+    return tradeoff_table(with_gate(frame, metric), floors(frame, metric))
 
 
 def _print(table: Table, format_: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.control import FAILED, controlled_stack, floors, gate, gate_table, with_gate
 from analysis.render import render
-from analysis.verdicts import verdicts
+from analysis.verdicts import verdicts, waited_on
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,42 @@ def test_the_table_renders(loaded, build) -> None:
     text = render(gate_table(_frame(loaded, build, effect=0.0)), "text")
     assert "resolves" in text
     assert "passed" in text
+
+
+def test_the_gate_compares_what_the_table_compares(loaded, build) -> None:
+    """Decoding is compared by the throughput of whole requests: a control that differs there alone fails."""
+    frame = _frame(loaded, build, effect=0.0)
+    decode = frame.assign(workload="decode")
+    faster = decode["throughput_per_s"].mask(decode["optimization"] == "again", 1.06 * decode["throughput_per_s"])
+    assert gate(decode)["passed"].all()
+    assert gate(frame.assign(throughput_per_s=faster))["passed"].all(), "other workloads are compared by latency"
+    lines = gate(decode.assign(throughput_per_s=faster))
+    assert not lines["passed"].any()
+    assert lines["why"].str.contains("called faster").all()
+    assert not gate(frame.assign(throughput_per_s=faster), "throughput_per_s")["passed"].any()
+
+
+def test_steps_that_wait_for_their_host_have_a_gate_and_a_floor_of_their_own(loaded, build) -> None:
+    frame = _frame(loaded, build, effect=0.0, noise=0.012, rounds=10)
+    flags = pd.Series([["launch_bound"]] * len(frame), index=frame.index, dtype="object")
+    strict, wide = gate(frame), gate(frame.assign(flags=flags))
+    assert wide["variation"].max() < 0.05
+    assert wide["passed"].all()
+    assert strict["passed"].sum() <= wide["passed"].sum()
+    (name,) = floors(frame.assign(flags=flags))
+    assert name == waited_on("h200")
+    group = frame["group_id"] == frame["group_id"].iloc[0]
+    mixed = frame.assign(flags=flags.where(group, pd.Series([[]] * len(frame), index=frame.index, dtype="object")))
+    margins = {"h200": 0.0, waited_on("h200"): 0.5}
+    judged = verdicts(mixed, floor=margins).merge(mixed[["cell_id", "group_id", "optimization"]].drop_duplicates())
+    fast = judged[judged["optimization"] == "nf4"].set_index("group_id")["verdict"]
+    assert fast.pop(frame["group_id"].iloc[0]) == "indistinguishable"
+    assert (fast == "faster").all()
+
+
+def test_throttled_rounds_decide_nothing(loaded, build) -> None:
+    frame = _frame(loaded, build, effect=0.0)
+    flags = pd.Series([["throttled"]] * len(frame), index=frame.index, dtype="object")
+    judged = verdicts(frame.assign(flags=flags))
+    assert judged["verdict"].isna().all()
+    assert all("throttled" in reasons for reasons in judged["barred"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.inference import holm, judge, moderated_variance, trigamma_inverse
+from analysis.inference import SHARED_BASELINE, baseline_correlation, holm, judge, moderated_variance, trigamma_inverse
 from analysis.simulate import Figures, Scenario, figures
 
 REPETITIONS = 900
@@ -46,6 +46,34 @@ def test_few_comparisons_are_honest_too(rounds: int, sizes: tuple[int, ...]) -> 
     found = simulated(4000, rounds=rounds, sizes=sizes)
     assert 0.03 <= found.false_interval <= 0.07
     assert found.false_family <= 0.05
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 10])
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4, 4), (19,), (6,)])
+@pytest.mark.parametrize("factor", [3.0, 5.0])
+def test_a_noisy_baseline_makes_no_differences(rounds: int, sizes: tuple[int, ...], factor: float) -> None:
+    """All cells of a group share its noise: they are not so many witnesses of it."""
+    found = simulated(rounds=rounds, sizes=sizes, noisy_baseline=factor)
+    slack = 2 * found.error
+    assert 0.03 - slack <= found.false_interval <= 0.07 + slack
+    assert found.false_verdicts <= 0.02 + slack
+    assert found.false_family <= 0.05 + slack
+
+
+def test_correlation_of_differences_to_one_baseline() -> None:
+    """1/2 where all runs are alike, and f^2 / (1 + f^2) where the baseline is f times noisier."""
+    draw = np.random.default_rng(5)
+    groups = np.repeat([0, 1, 2], 6)
+    for factor, expected in ((1.0, 0.5), (3.0, 0.9)):
+        times = draw.standard_normal((400, 3, 7, 5))
+        times[:, :, 0] *= factor
+        values = (times[:, :, 1:] - times[:, :, :1]).reshape(400, 18, 5)
+        found = baseline_correlation(values, groups)
+        assert found.min() >= SHARED_BASELINE
+        assert found.mean() == pytest.approx(expected, abs=0.06)
+        values[:, 3, 2] = np.nan  # a pair that was not measured
+        assert baseline_correlation(values, groups).mean() == pytest.approx(expected, abs=0.06)
+    assert baseline_correlation(draw.standard_normal((4, 3, 5)), np.arange(3)) == pytest.approx(SHARED_BASELINE)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 4, 4), (19,), (10, 9)])
