@@ -162,6 +162,15 @@ class TestMetric:
                 assert row["mfu"] == pytest.approx(row["flops"] * timings.calls / timings.seconds / 1e12)
                 assert isinstance(row["mbu"], Missing)
 
+    def test_products_of_another_kind_have_no_share_of_this_ceiling(self, bench: Any) -> None:
+        """Integer products beside the ceiling of bf16 ones: twice as fast is not impossible, and no utilisation."""
+        ceilings = {"bf16_flop_per_s": 1.0, "fp32_flop_per_s": 1.0}
+        job = bench.job(bench.cell("prefill", "bf16+int8"), profile=bench.INSTANT, ceilings=ceilings)
+        with bench.measured(job) as (session, metrics):
+            assert metrics["compute"].collect(session)["mfu"].reason == (
+                "the int8 matrix product of this device was not measured"
+            )
+
     def test_mbu_of_decode(self, bench: Any) -> None:
         """Weights but for the embedding's rows, and the cache at half of its growth, once for every token."""
         cell = bench.cell("decode", "fp32+static-cache", batch_size=2, prompt_tokens=32, new_tokens=32)
