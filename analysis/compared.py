@@ -38,7 +38,8 @@ def with_compared_time(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with the time that speed-ups compare, in ms, the host's loop of its pass, and `call_ms`.
 
     The compared time of decoding is that of one token of one sequence, from the throughput of whole requests; `call_ms`
-    is that of a call: when decoding, of a step that gives every sequence of the batch one token.
+    is that of a call: when decoding, of a step that gives every sequence of the batch one token. Where sequences end at
+    different lengths the rate counts needed tokens only, and a step's time is that of a request over its steps.
     """
     import pandas as pd
 
@@ -47,6 +48,9 @@ def with_compared_time(frame: pd.DataFrame) -> pd.DataFrame:
     time = latency.mask(by_rate, 1e3 / rate)
     loop = host_loops(frame, "latency_ms_p50").mask(by_rate, host_loops(frame, "throughput_per_s"))
     call = latency.mask(by_rate, time * numbers(frame, "batch_size"))
+    steps, request = numbers(frame, "decode_steps"), numbers(frame, "request_ms_mean")
+    ragged = by_rate & column(frame, "workload_point").astype("string").str.contains("stop=", regex=False).fillna(False)
+    call = call.mask(ragged, (request - numbers(frame, "time_to_first_token_ms")) / steps)
     return pd.concat([frame, time.rename(COMPARED), loop.rename(COMPARED_LOOP), call.rename(CALL)], axis=1)
 
 

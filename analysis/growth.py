@@ -14,7 +14,7 @@ from analysis.compared import CALL, compared, present, with_compared_time
 from analysis.errors import AnalysisError
 from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
-from analysis.pair import KEY
+from analysis.pair import BARRING_FLAGS, KEY
 from analysis.table import Field, Table
 from tasks.row import Outcome
 from tasks.statistics import t_interval
@@ -136,7 +136,10 @@ def _line(cells: list[_Line], by_round: dict[tuple[str, str], dict[int, float]])
     for name, source in (("kv_bytes_per_token", "kv_cache_bytes"), ("memory_bytes_per_token", "memory_bytes")):
         found = slope([(cell["tokens"], cell[source] / cell["batch"]) for cell in measured])
         line[name] = found[0] if found else math.nan
-    return line | _time([(cell["tokens"], cell[CALL]) for cell in measured], _half_width(measured, by_round))
+    half_width = _half_width(measured, by_round)
+    if len(measured) > 1 and math.isnan(half_width):
+        line["notes"].append("no interval: fewer than two rounds measured every length")
+    return line | _time([(cell["tokens"], cell[CALL]) for cell in measured], half_width)
 
 
 def _time(points: _Points, half_width: float) -> _Line:
@@ -160,10 +163,17 @@ def _half_width(measured: list[_Line], by_round: dict[tuple[str, str], dict[int,
     return math.nan if interval is None else interval.half_width
 
 
+def _doubts(cell: _Line) -> frozenset[str]:
+    """Flags of a cell's rows that would bar a verdict."""
+    return (BARRING_FLAGS | {"not_steady"}) & set(cell["flags"] or {})
+
+
 def _notes(cells: list[_Line], measured: list[_Line]) -> list[str]:
     found = [f"{cell['outcome']} at {cell['tokens']:.0f} tokens" for cell in cells if cell["outcome"] != Outcome.OK]
     if len(measured) == 1:
         found.append("measured at one length: no slope")
+    if len(measured) > 1 and (doubts := sorted({doubt for cell in measured for doubt in _doubts(cell)})):
+        found.append(f"doubtful: {', '.join(doubts)} in some of its rounds")
     waiting = [cell for cell in measured if (cell["flags"] or {}).get(WAITED, 0) > cell["rounds_ok"] / 2]
     if len(measured) > 1 and waiting:
         at = ", ".join(f"{cell['tokens']:.0f}" for cell in waiting)

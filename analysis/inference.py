@@ -123,13 +123,14 @@ def baseline_correlation(values: Floats, groups: npt.NDArray[np.int64]) -> Float
     there = ~np.isnan(values)
     count = np.maximum(there.sum(axis=-1, keepdims=True), 1)
     centred = np.where(there, values - np.nansum(values, axis=-1, keepdims=True) / count, 0.0)
-    products, squares, told = np.zeros(values.shape[:-2]), np.zeros(values.shape[:-2]), 0.0
+    products, squares, told = (np.zeros(values.shape[:-2]) for _ in range(3))
     for group in np.unique(groups):
         part, known = centred[..., groups == group, :], there[..., groups == group, :].sum(axis=-2)
         own = (part**2).sum(axis=-2)
         products += (part.sum(axis=-2) ** 2 - own).sum(axis=-1)
         squares += (own * np.maximum(known - 1, 0)).sum(axis=-1)
-        told += max(int((groups == group).sum()) - 1, 0) * (values.shape[-1] - 1)
+        rounds = np.count_nonzero(there[..., groups == group, :].any(axis=-2), axis=-1)
+        told = told + (int((groups == group).sum()) - 1) * np.maximum(rounds - 1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = products / squares
     found = np.clip(np.where(squares > 0, found, SHARED_BASELINE), SHARED_BASELINE, 1.0)

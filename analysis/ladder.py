@@ -56,6 +56,7 @@ def ladder(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> pd.
         memory_change, reserved_change: of the peaks, as a fraction; below 0 is saved
         inversion: slower than the rung before
         why, reason: for inversions, codes (`noise`, `memory`, ...) joined by commas, and sentences
+        doubt: for the others, why there is no verdict on them; failed: why a rung has no numbers
 
     Args:
         frame: rows as `load` gives them.
@@ -75,6 +76,7 @@ def ladder(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) -> pd.
         _compared(line, lower, judged.get((line["result_dir"], line["cell_id"]), {})) if lower else _first()
         for line, lower in zip(lines, before, strict=True)
     ]
+    table["failed"] = table["reason"]  # why it has no numbers; `reason` is why it is slower
     for name in _first():
         table[name] = [line[name] for line in compared_lines]
     table["is_first"] = [lower is None and line["rounds_ok"] > 0 for line, lower in zip(lines, before, strict=True)]
@@ -96,10 +98,10 @@ def ladder_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) 
         Field(header="rung", form="text", sources=("optimization",)),
         Field(header="step ms" if any_decodes else "ms", form="number", sources=("call_ms",), word="outcome"),
         Field(header="speed-up", form="ratio", sources=(*interval("speedup"), "is_first")),
-        Field(header="memory", form="bytes", sources=("memory_bytes",)),
-        Field(header="change", form="percent", sources=("memory_change",)),
-        Field(header="reserved", form="bytes", sources=("peak_reserved_bytes",), rank=1),
-        Field(header="its change", form="percent", sources=("reserved_change",), rank=1),
+        Field(header="memory", form="bytes", sources=("memory_bytes",), rank=1),
+        Field(header="change", form="percent", sources=("memory_change",), rank=2),
+        Field(header="reserved", form="bytes", sources=("peak_reserved_bytes",), rank=3),
+        Field(header="its change", form="percent", sources=("reserved_change",), rank=4),
         Field(header="slower because", form="text", sources=("why",)),
     ]
     return Table(
@@ -148,7 +150,7 @@ def _against(
 
 def _first() -> _Line:
     names = (*interval("ratio"), *interval("speedup"), "memory_change", "reserved_change")
-    return {"before": None, **dict.fromkeys(names, math.nan), "inversion": False, "why": "", "reason": ""}
+    return {"before": None, **dict.fromkeys(names, math.nan), "inversion": False, "why": "", "reason": "", "doubt": ""}
 
 
 def _compared(line: _Line, before: _Line, judged: _Line) -> _Line:
@@ -163,6 +165,8 @@ def _compared(line: _Line, before: _Line, judged: _Line) -> _Line:
         "reserved_change": reserved, "inversion": ratio > 1,
     }  # fmt: skip
     reasons = _reasons(found, judged, _waits(line), _waits(before)) if ratio > 1 else {}
+    if line["rounds_ok"] and not ratio > 1:
+        found["doubt"] = ", ".join(_reworded(reason) for reason in judged.get("barred") or [])
     return {**found, "why": ", ".join(reasons), "reason": "; ".join(reasons.values())}
 
 
@@ -210,12 +214,14 @@ def _notes(line: _Line) -> list[str]:
     found = [line["reason"]] if line["reason"] else []
     if line["outcome"] != Outcome.OK:
         failed = (line.get("outcomes") or {}).get(line["outcome"], line["rounds"])
-        found.append(f"{line['outcome']} in {failed} of {line['rounds']} rounds")
+        found.append(f"{line['outcome']} in {failed} of {line['rounds']} rounds: {line['failed'] or 'no reason given'}")
+    if line["doubt"]:
+        found.append(f"no verdict: {line['doubt']}")
     return found
 
 
 def _summary(table: pd.DataFrame) -> str:
-    steps = int(table["before"].notna().sum())
+    steps = int((table["before"].notna() & (table["rounds_ok"] > 0)).sum())
     slower = table.loc[table["inversion"].astype(bool), "why"]
     if slower.empty:
         return f"None of {steps} rungs is slower than the one before it."

@@ -177,5 +177,7 @@ def _remarks(row: dict[str, Any]) -> list[str]:
     if row["model"] != NO_MODEL.id and row["ceiling_share"] == row["ceiling_share"]:
         found.append("share of the ceiling by what must be executed: with causal attention as full, MFU is above 100 %")
     if row["loss_apart"] > LOSS_APART:
-        found.append(f"loss_apart: {row['loss_apart']:.1%} from the loss of {FULL_PRECISION} in the eighth step")
+        skipped = row["optimizer_steps_skipped"]
+        why = f", having skipped {skipped:g} steps" if skipped > 0 else ""
+        found.append(f"loss_apart: {row['loss_apart']:.1%} from the loss of {FULL_PRECISION} in the eighth step{why}")
     return found

@@ -14,7 +14,7 @@ from tasks.registry import metric_classes
 
 SCHEMA_VERSION = 1
 # Raised whenever the way of measuring changes: rows of different protocols are never compared or reused.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Outcome(StrEnum):

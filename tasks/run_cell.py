@@ -89,6 +89,7 @@ class _Life:
     def _prove(self, session: Session) -> None:
         """Ask every technique for evidence; without it the row is invalid, whatever it measured."""
         assert session.step is not None
+        self.phase = "evidence"
         self.row.invalidate(*session.step.problems())
         found: dict[str, Any] = {}
         for technique, chosen in session.techniques:

@@ -119,13 +119,14 @@ class Supervisor:
             if what is None or what in self._built:
                 continue
             self._built.add(what)
-            done = self._isolation.run(
-                "build",
-                {"job": replace(job, memory_budget_bytes=None).to_dict(), "builder": technique.name},
-                timeout_s=job.artifact_timeout_s,
-                executed=known.executed,
-                environment=known.environment(technique),
-            )
+            with disturbing():  # a compiler keeps every core busy
+                done = self._isolation.run(
+                    "build",
+                    {"job": replace(job, memory_budget_bytes=None).to_dict(), "builder": technique.name},
+                    timeout_s=job.artifact_timeout_s,
+                    executed=known.executed,
+                    environment=known.environment(technique),
+                )
             found = done.result or {"reason": _what_happened(done, job.artifact_timeout_s)}
             seconds += found.get("built_s", 0.0)
             reason = f"could not be compiled: {found['reason']}" if "reason" in found else reason

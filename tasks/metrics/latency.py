@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tasks.session import Session
 
 PERCENTILES = (50, 95, 99)
+_OF_THE_DEVICE = ("device_ms_p50", "device_ms_p50_n", "issue_share")
 OVER_ROUNDS = Missing(reason="an interval is one over rounds: see the table")
 
 
@@ -77,10 +78,10 @@ def _percentile(values: list[float], percentile: int, block: int) -> float | Mis
 def _device(session: Session) -> dict[str, Any]:
     assert session.timings is not None and session.step is not None
     if not session.on_cuda:
-        return dict.fromkeys(("device_ms_p50", "issue_share"), Missing(reason="no device stream on a CPU"))
+        return dict.fromkeys(_OF_THE_DEVICE, Missing(reason="no device stream on a CPU"))
     values = session.timings.values("device", session.step.primary)
     if not values:
-        return dict.fromkeys(("device_ms_p50", "issue_share"), Missing(reason="the device pass was not reached"))
+        return dict.fromkeys(_OF_THE_DEVICE, Missing(reason="the device pass was not reached"))
     share = median(session.timings.issue_shares)
     if share > LAUNCH_BOUND:
         session.row.flag("launch_bound")

@@ -75,7 +75,7 @@ def pruned_sizes(before: Sizes, what: str, ratio: float) -> Sizes:
     kept = count - round(count * ratio)
     step = next((step for least, step in WIDTH_STEPS if count >= least), 1)
     if what == "mlp":
-        kept = round(kept / step) * step
+        kept = min(round(kept / step) * step, count - step) if kept < count else kept
     if not 0 < kept < count:
         name = {"mlp": "MLP channels", "heads": "key and value heads", "layers": "layers"}[what]
         raise Unsupported(f"a ratio of {ratio:g} removes {count - kept} of {count} {name}")

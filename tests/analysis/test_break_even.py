@@ -12,6 +12,7 @@ import pytest
 
 from analysis import comparison_table, render
 from analysis.break_even import break_even_calls, uncompiled, with_break_even
+from analysis.compared import with_compared_time
 
 Loaded = Callable[..., pd.DataFrame]
 
@@ -130,3 +131,17 @@ def test_without_the_partner_there_is_none(build: SimpleNamespace, loaded: Loade
 
 def test_tables_without_compilation_do_not_speak_of_it(build: SimpleNamespace, loaded: Loaded) -> None:
     assert "break-even" not in render(comparison_table(loaded(build.sweep())))
+
+
+def test_a_step_of_ragged_sequences_is_a_requests_time_over_its_steps(build: SimpleNamespace, loaded: Loaded) -> None:
+    """The rate counts the tokens that the sequences need: by it a step of half-empty batches would look too long."""
+    rows = build.sweep(stacks=("fp32",), rounds=1)
+    for row in rows:
+        row |= {"workload": "decode", "decode_steps": 31, "request_ms_mean": 175.0, "time_to_first_token_ms": 20.0}
+        row |= {"batch_size": 4, "throughput_per_s": 400.0}
+    steady = with_compared_time(loaded(rows, "steady"))
+    for row in rows:
+        row["workload_point"] = "decode[batch_size=4,new_tokens=32,prompt_tokens=16,stop=eos]"
+    ragged = with_compared_time(loaded(rows, "ragged"))
+    assert ragged["call_ms"].tolist() == pytest.approx([5.0] * len(rows))
+    assert steady["call_ms"].tolist() == pytest.approx([10.0] * len(rows))

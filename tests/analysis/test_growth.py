@@ -104,6 +104,18 @@ def test_stacks_and_their_gaps(build: SimpleNamespace, loaded: Loaded) -> None:
     assert "32,768" in render(table, "md") and "| 7.00 +- 0" in render(table, "md")
 
 
+def test_what_may_decide_nothing_is_doubtful(build: SimpleNamespace, loaded: Loaded) -> None:
+    given = rows(build, rounds=1)
+    given[0]["flags"] = ["cpu_starved", "interference"]
+    (line,) = growth(loaded(given)).to_dict("records")
+    assert line["notes"] == [
+        "doubtful: cpu_starved in some of its rounds",
+        "no interval: fewer than two rounds measured every length",
+    ]
+    (quiet,) = growth(loaded(rows(build))).to_dict("records")
+    assert quiet["notes"] == []
+
+
 def test_a_bend_is_said(build: SimpleNamespace, loaded: Loaded) -> None:
     given = rows(build, lengths=(1000, 2000, 3000), per_1000=0.0)
     given = [row | ({"throughput_per_s": 400.0} if row["sequence_length"] == 3000 else {}) for row in given]

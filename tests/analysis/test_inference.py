@@ -76,6 +76,16 @@ def test_correlation_of_differences_to_one_baseline() -> None:
     assert baseline_correlation(draw.standard_normal((4, 3, 5)), np.arange(3)) == pytest.approx(SHARED_BASELINE)
 
 
+def test_blocks_of_other_groups_tell_nothing() -> None:
+    """In a sweep every group has blocks of its own: a column in which others only stand changes nothing."""
+    values = np.random.default_rng(6).standard_normal((50, 6, 4))
+    values[:, :3, 0] += 3 * values[:, :1, 0]
+    apart = np.full((50, 6, 8), np.nan)
+    apart[:, :3, :4], apart[:, 3:, 4:] = values[:, :3], values[:, 3:]
+    groups = np.repeat([0, 1], 3)
+    assert baseline_correlation(apart, groups) == pytest.approx(baseline_correlation(values, groups))
+
+
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 4, 4), (19,), (10, 9)])
 def test_standard_finds_three_and_five_percent(sizes: tuple[int, ...]) -> None:
     assert simulated(effect=0.03, sizes=sizes).first_found >= 0.65

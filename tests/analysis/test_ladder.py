@@ -173,8 +173,24 @@ def test_a_rung_that_did_not_run_is_no_step_to_stand_on(build: SimpleNamespace, 
     assert lines.loc["fp32+static-cache+compile", "before"] == "fp32"
     assert lines.loc["fp32+static-cache+compile", "speedup"] == pytest.approx(4.0, rel=0.02)
     assert not lines.loc["fp32+static-cache", "inversion"] and pd.isna(lines.loc["fp32+static-cache", "ratio"])
-    assert f"{outcome} in 1 of 1 rounds" in lines.loc["fp32+static-cache", "notes"]
+    reason = failed.get("reason") or "no reason given"
+    assert f"{outcome} in 1 of 1 rounds: {reason}" in lines.loc["fp32+static-cache", "notes"]
+    measured = len(lines) - 2  # without the first rung, and without the one that did not run
+    assert table.footnotes[0] == f"None of {measured} rungs is slower than the one before it."
     assert f" {outcome} " in render(table)
+
+
+def test_doubt_about_a_faster_rung_is_said(build: SimpleNamespace, loaded: Loaded) -> None:
+    """A speed-up that may not be called one has no mark of its own: the notes say why."""
+    given = rows(build, STEP_MS)
+    for row in given:
+        row["flags"] = ["passes_contradict"] if row["optimization"] == "fp32+static-cache" else []
+    lines = ladder_table(loaded(given)).frame.set_index("optimization")
+    barred = [any("no verdict: " in note for note in notes) for notes in lines["notes"]]
+    assert dict(zip(lines.index, barred, strict=True)) == {
+        stack: stack in ("fp32+static-cache", "fp32+static-cache+compile") for stack in lines.index
+    }
+    assert "no verdict: passes_contradict" in lines.loc["fp32+static-cache", "notes"]
 
 
 def test_rungs_of_different_blocks_have_medians_only(build: SimpleNamespace, loaded: Loaded) -> None:

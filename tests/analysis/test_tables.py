@@ -143,7 +143,7 @@ def test_training_shows_skipped_steps_and_losses_that_are_apart(build: SimpleNam
     assert not any("loss_apart" in note for notes in alone.frame["notes"] for note in notes)
 
 
-LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step"
+LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step, having skipped 2 steps"
 
 
 def kernels(build: SimpleNamespace, causal: str, **more: Any) -> list[dict[str, Any]]:

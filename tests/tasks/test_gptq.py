@@ -302,7 +302,9 @@ class TestMade:
         calibrated, rounded, again = rows.values()
         assert again["artifact_key"] == calibrated["artifact_key"]
         assert again["artifact_reused"]
-        assert 0 < calibrated["kl_divergence"] < rounded["kl_divergence"]
+        # AWQ's scales gain little from so little text; GPTQ corrects every rounding
+        slack = 0.0 if method == "gptq" else 2 * rounded["kl_divergence_stderr"]
+        assert 0 < calibrated["kl_divergence"] < rounded["kl_divergence"] + slack
         noise = 2 * (calibrated["perplexity_log_ratio_stderr"] + rounded["perplexity_log_ratio_stderr"])
         assert calibrated["perplexity_log_ratio"] <= rounded["perplexity_log_ratio"] + noise
         assert abs(calibrated["perplexity_log_ratio"]) < 0.03

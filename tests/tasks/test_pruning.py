@@ -56,6 +56,7 @@ class TestSizes:
         assert pruned_sizes(BEFORE, "layers", 0.4) == Sizes(mlp=128, heads=2, layers=2)
         wide = Sizes(mlp=14336, heads=8, layers=32)
         assert pruned_sizes(wide, "mlp", 0.3).mlp == 9984, "10035 channels as a multiple of 256"
+        assert pruned_sizes(wide, "mlp", 0.005).mlp == 14336 - 256, "the least that can go"
         assert pruned_sizes(wide, "mlp", 0.3).mlp % 64 == 0
 
     @pytest.mark.parametrize(("what", "ratio"), [("heads", 0.2), ("layers", 0.1), ("layers", 0.9), ("mlp", 0.001)])
@@ -213,6 +214,14 @@ class TestTechnique:
                     evidence = technique.evidence(chosen, session)
                     assert evidence.ok, evidence.facts
                 assert session.loaded.weights == ("trained" if model.source == "pocket" else "random")
+
+    def test_offloaded_layers_hold_nothing_to_compare(self, bench: Any) -> None:
+        cell = bench.cell("decode", "fp32+prune+offload:keep=0,to=disk", bench.POCKET, prompt_tokens=8, new_tokens=2)
+        with bench.live(bench.job(cell), calls=1) as session:
+            technique, chosen = session.techniques[1]
+            evidence = technique.evidence(chosen, session)
+        assert technique.name == "prune"
+        assert evidence.ok, evidence.facts
 
     def test_recovery_lowers_the_loss(self, bench: Any) -> None:
         job = bench.job(bench.cell("prefill", "prune:what=layers,ratio=0.5,recover_steps=14", bench.POCKET))
