@@ -146,6 +146,8 @@ def run(
         from orchestrator.show import print_results
 
         print_results(finished.out, finished.where)
+        if finished.interrupted:
+            print("interrupted: the same command goes on where this one stopped")
     raise typer.Exit(finished.status)
 
 

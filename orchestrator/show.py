@@ -125,7 +125,9 @@ def _journal(directory: str) -> Path:
 
 def read_state(path: Path, directory: str) -> State:
     if not path.is_file():
-        raise StoreError(f"{directory} is no result folder: it has no journal.jsonl.")
+        default = Path("results", directory)
+        hint = f"; did you mean {default}?" if (default / "journal.jsonl").is_file() else ""
+        raise StoreError(f"{directory} is no result folder: it has no journal.jsonl{hint or '.'}")
     state = State()
     blocks: dict[str, dict[str, Any]] = {}
     for record in read_journal(path):

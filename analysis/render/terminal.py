@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from itertools import groupby
 
 from rich.console import Console
@@ -27,6 +28,9 @@ def print_table(table: Table, console: Console | None = None) -> None:
     of a rank are left out, which a remark says.
     """
     console = console or _standard_output()
+    if console.file is sys.stdout and not console.is_terminal:
+        sys.stdout.write(to_text(table, console.width))  # nothing is padded in a file or a pipe
+        return
     arranged = layout(table)
     widths, panels, left_out = _fit(arranged, console.width)
     console.print(Text(arranged.title, style="bold"))
