@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class TestCluster:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "a100"), "--out", out, "--address", cluster.address)
         tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
-        runner = tools.wait_for(lambda: runners(), 10, "a runner")[0]
+        runner = tools.wait_for(lambda: runners(tools), 10, "a runner")[0]
         below = tools.descendants(runner.pid)
         runner.kill()
         _, stderr = process.communicate(timeout=120)
@@ -187,11 +188,13 @@ class TestCluster:
         assert_complete(out, tools, 2)
 
 
-def runners() -> list[psutil.Process]:
+def runners(tools: Any) -> list[psutil.Process]:
+    """Those of this test's own raylets: other clusters on this machine are left alone."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Runner"):
-            found.append(process)
+    for process in tools.descendants(os.getpid()):
+        with suppress(psutil.NoSuchProcess):
+            if (process.cmdline() or [""])[0].startswith("ray::Runner"):
+                found.append(process)
     return found
 
 
