@@ -67,6 +67,10 @@ for part in "$@"; do
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
+    profile) # where a token of the best 8B stack spends its time
+        best="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true"
+        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$best"
+        ;;
     systematic)
         limited 240 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
         sweep "${SWEEP_S:-300}" systematic systematic --set scale=gpu --set "models=[{id: gpt2-size, path: $out/trained}]"
