@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from analysis.frames import records
 from analysis.host_clock import HIGHER_IS_BETTER, WAITED
@@ -164,7 +165,7 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
     for _, pool in result.loc[tested].groupby("pool", sort=False):
         groups = np.asarray(pool.groupby("group_id", sort=False).ngroup(), dtype=np.int64)
         rounds = pool["rounds"].to_numpy(dtype=np.float64)
-        shared = baseline_correlation(_by_block(pool["logs"]), groups)
+        shared = baseline_correlation(_by_block(pool["logs"], groups), groups)
         moderated = moderated_variance(pool["log_variance"].to_numpy(dtype=np.float64), rounds, groups, shared)
         result.loc[pool.index, "log_variance"] = moderated.variance
         result.loc[pool.index, "degrees"] = moderated.degrees
@@ -175,13 +176,16 @@ def _fill(result: pd.DataFrame, metric: str) -> None:
             _judge(result, index, metric, barred)
 
 
-def _by_block(logs: pd.Series[Any]) -> Floats:
-    """Log-ratios (cells, blocks), NaN where a cell has none."""
-    blocks = {block: number for number, block in enumerate(dict.fromkeys(name for of_cell in logs for name in of_cell))}
-    table = np.full((len(logs), len(blocks)), np.nan)
-    for number, of_cell in enumerate(logs):
-        for block, value in of_cell.items():
-            table[number, blocks[block]] = value
+def _by_block(logs: pd.Series[Any], groups: npt.NDArray[np.int64]) -> Floats:
+    """Log-ratios (cells, blocks of a cell's own group), NaN where a cell has none: no two groups share a block."""
+    places: dict[int, dict[str, int]] = {}
+    for group, of_cell in zip(groups.tolist(), logs, strict=True):
+        known = places.setdefault(group, {})
+        for block in of_cell:
+            known.setdefault(block, len(known))
+    table = np.full((len(logs), max(map(len, places.values()))), np.nan)
+    for number, (group, of_cell) in enumerate(zip(groups.tolist(), logs, strict=True)):
+        table[number, [places[group][block] for block in of_cell]] = list(of_cell.values())
     return table
 
 

@@ -111,8 +111,6 @@ class _Life:
 
         try:
             return judge(session)
-        except Unsupported:
-            raise
         except Exception as error:
             traceback.print_exc()
             self.row.flag("quality_failed")
