@@ -15,6 +15,7 @@ from orchestrator.progress import duration
 
 # A driver publishes every few seconds, but its loop may be held up by a slow disk or a slow object store.
 SILENT_S = 120.0
+STALE_S = 15.0  # from here on the age of what is shown is said
 SHOWN_ENDED = 3
 
 
@@ -46,6 +47,8 @@ def describe(state: Mapping[str, Any]) -> list[str]:
         how = f"ended {ended['at']}, status {ended['status']}"
     elif silent_s > SILENT_S:
         how = f"silent for {duration(silent_s)}: its driver was lost, start it again to resume"
+    elif silent_s > STALE_S:
+        how = f"under way {duration(silent_s)} ago"
     else:
         how = "under way"
     lines = [f"run {state['run_id']} of {state['sweep']}: {how}; results {state['out']} on {state['host']}"]
