@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import pandas as pd
 
 Form = Literal["text", "bytes", "number", "interval", "ratio", "marked_ratio", "verdict", "percent"]
@@ -17,7 +19,8 @@ class Field:
 
     `sources` are columns of the frame, as the form needs them: one value; `interval` and `ratio` value, lo, hi;
     `marked_ratio` value, verdict, equivalent, is_baseline; `verdict` verdict, equivalent, mde, is_baseline. `word` is
-    the column whose text stands here when there are no numbers; `group` is a heading over neighbouring fields.
+    the column whose text stands here when there are no numbers; `group` is a heading over neighbouring fields. `legend`
+    explains the column below the table, where the column is shown.
     """
 
     header: str
@@ -27,6 +30,7 @@ class Field:
     word: str | None = None
     unit: str | None = None  # column with a unit to append
     rank: int = 0  # where space is short, the highest goes first; 0 stays
+    legend: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Table:
         fields: the columns shown to people.
         sections: columns of the frame whose values head a block of rows instead of being columns.
         notes: column with a list of remarks per row, shown as numbered notes below.
-        footnotes: remarks on the table as a whole.
+        footnotes: remarks on the table as a whole; legends of the fields stand before them.
     """
 
     title: str
@@ -48,3 +52,8 @@ class Table:
     sections: tuple[str, ...] = ()
     notes: str | None = None
     footnotes: tuple[str, ...] = ()
+
+    def remarks(self, left_out: Collection[str] = ()) -> list[str]:
+        """What stands below the notes where the columns with these headers are not shown; every text once."""
+        legends = [field.legend for field in self.fields if field.legend and field.header not in left_out]
+        return list(dict.fromkeys([*legends, *self.footnotes]))

@@ -25,10 +25,11 @@ LEGEND_VERDICT = (
     "faster, slower: beyond the margin and significant after Holm's correction over this table; same: within the "
     "margin; ~ N %: indistinguishable, a true difference of N % would be found in 80 %; ?: no verdict, see the note."
 )
+LEGEND_COMPILE = "compile s: in the compiler with an empty cache."
 LEGEND_BREAK_EVEN = (
-    "compile s: in the compiler with an empty cache; break-even: calls after which they are won back against the same "
-    "stack without compile, by the time that the speed-up compares, empty where it saves nothing or was not measured; "
-    "a call when decoding is a step of the batch, one token for each of its sequences."
+    "break-even: calls after which these are won back against the same stack without compile, by the time that the "
+    "speed-up compares, empty where it saves nothing or was not measured; a call when decoding is a step of the batch, "
+    "one token for each of its sequences."
 )
 LEGEND_DECODE = (
     "speed-up when decoding: of whole requests, where nothing waits for a single token (throughput); latency: of a "
@@ -73,23 +74,13 @@ def comparison_table(
     ]  # fmt: skip
     fields, any_decodes = present(table, _fields(table)), bool(decodes(table).any())
     table = table[[name for name in order if name in table]].reset_index(drop=True)
-    shown = {field.header for field in fields}
     return Table(
         title="Comparison",
         frame=table,
         fields=fields,
         sections=("model", "workload_point", "hardware"),
         notes="notes",
-        footnotes=(
-            *((LEGEND_INTERVAL, LEGEND_VERDICT) if "verdict" in shown else ()),
-            *((LEGEND_DECODE,) if any_decodes else ()),
-            *((LEGEND_REQUESTS,) if "request std" in shown else ()),
-            *legend_host(table["notes"]),
-            *((LEGEND_BREAK_EVEN,) if "compile s" in shown else ()),
-            *((LEGEND_CEILING,) if "of ceiling" in shown else ()),
-            *((LEGEND_LOSS,) if "loss@8" in shown else ()),
-            *((LEGEND_FITS,) if "fits" in shown else ()),
-        ),
+        footnotes=(*((LEGEND_DECODE,) if any_decodes else ()), *legend_host(table["notes"])),
     )
 
 
@@ -101,7 +92,7 @@ def _fields(table: pd.DataFrame) -> list[Field]:
     return [
         Field(header="optimization", form="text", sources=("optimization",)),
         Field(header="memory", form="bytes", sources=("memory_bytes",), word="outcome"),
-        *([Field(header="fits", form="text", sources=("fits",))] if on_cards else []),
+        *([Field(header="fits", form="text", sources=("fits",), legend=LEGEND_FITS)] if on_cards else []),
         Field(header="reserved", form="bytes", sources=("peak_reserved_bytes",), rank=5),
         Field(header="fragmented", form="percent", sources=("fragmentation",), rank=5),
         Field(header="weights", form="bytes", sources=("model_bytes",), rank=2),
@@ -114,21 +105,31 @@ def _fields(table: pd.DataFrame) -> list[Field]:
             unit=None if shared else "throughput_unit",
         ),
         Field(header="request ms", form="number", sources=("request_ms_mean",), rank=1),
-        Field(header="request std", form="number", sources=("request_ms_std",), rank=3),
+        Field(header="request std", form="number", sources=("request_ms_std",), rank=3, legend=LEGEND_REQUESTS),
         Field(header="request min", form="number", sources=("request_ms_min",), rank=3),
         Field(header="request max", form="number", sources=("request_ms_max",), rank=3),
-        Field(header="speed-up", form="ratio", sources=("speedup", "speedup_lo", "speedup_hi", "is_baseline")),
-        Field(header="verdict", form="verdict", sources=("verdict", "equivalent", "mde", "is_baseline", "speedup")),
-        Field(header=f"J/{shared or 'unit'}", form="number", sources=("energy_j_per_unit",)),
+        Field(
+            header="speed-up",
+            form="ratio",
+            sources=("speedup", "speedup_lo", "speedup_hi", "is_baseline"),
+            legend=LEGEND_INTERVAL,
+        ),
+        Field(
+            header="verdict",
+            form="verdict",
+            sources=("verdict", "equivalent", "mde", "is_baseline", "speedup"),
+            legend=LEGEND_VERDICT,
+        ),
+        Field(header=f"J/{shared or 'unit'}", form="number", sources=("energy_j_per_unit",), rank=1),
         Field(header="ppl", form="number", sources=("perplexity",), rank=1),
         Field(header="KL", form="number", sources=("kl_divergence",)),
         Field(header="accuracy", form="percent", sources=("accuracy",), rank=1),
-        Field(header="loss@8", form="number", sources=("loss_at_step_8",), rank=1),
+        Field(header="loss@8", form="number", sources=("loss_at_step_8",), rank=1, legend=LEGEND_LOSS),
         Field(header="skipped", form="number", sources=("optimizer_steps_skipped",), rank=2),
         Field(header="on device", form="percent", sources=("device_fraction",)),
         Field(header="moved", form="bytes", sources=("offload_bytes_per_token",)),
-        Field(header="compile s", form="number", sources=("cold_compile_s",)),
-        Field(header="break-even", form="number", sources=("break_even_calls",)),
+        Field(header="compile s", form="number", sources=("cold_compile_s",), legend=LEGEND_COMPILE),
+        Field(header="break-even", form="number", sources=("break_even_calls",), legend=LEGEND_BREAK_EVEN),
         Field(header="breaks", form="number", sources=("graph_breaks",), rank=6),
         Field(header="recompiled", form="number", sources=("recompilations",), rank=5),
         Field(header="KV cache", form="bytes", sources=("kv_cache_bytes",), rank=2),
@@ -137,7 +138,13 @@ def _fields(table: pd.DataFrame) -> list[Field]:
         Field(header="hidden", form="percent", sources=("stop_check_hidden_share",), rank=2),
         Field(header="MBU", form="percent", sources=("mbu",), rank=3),
         Field(header="MFU", form="percent", sources=("mfu",), rank=4),
-        Field(header="of ceiling", form="percent", sources=("ceiling_share",), rank=0 if kernels else 4),
+        Field(
+            header="of ceiling",
+            form="percent",
+            sources=("ceiling_share",),
+            rank=0 if kernels else 4,
+            legend=LEGEND_CEILING,
+        ),
     ]
 
 

@@ -29,6 +29,7 @@ def expand(sweep: Sweep, local_tag: str, only: Only | None = None) -> list[Plann
     if it names what no cell has.
     """
     baseline, rounds = sweep.baseline_stack, sweep.rounds_per_cell
+    chosen = None if only is None else only.resolved(LOCAL, local_tag)
     planned: list[PlannedCell] = []
     everything: list[Cell] = []
     for group in groups(sweep, lambda word: local_tag if word == LOCAL else word):
@@ -37,16 +38,16 @@ def expand(sweep: Sweep, local_tag: str, only: Only | None = None) -> list[Plann
             for stack in group.stacks
         ]
         rungs = group.rungs()
-        if only is not None:
+        if chosen is not None:
             everything += cells
-            kept = [cell for cell in cells if only(cell)]
+            kept = [cell for cell in cells if chosen(cell)]
             cells = [cells[0], *(cell for cell in kept if cell is not cells[0])] if kept else []
         planned += (
             PlannedCell(cell=cell, hardware_requested=group.hardware_requested, rounds=rounds, rung=rungs[cell.stack])
             for cell in cells
         )
-    if only is not None:
-        only.check(everything)
+    if chosen is not None:
+        chosen.check(everything)
         if not planned:
-            raise SweepError(f"--only {only.text}: matches none of the {len(everything)} cells")
+            raise SweepError(f"--only {chosen.text}: matches none of the {len(everything)} cells")
     return planned

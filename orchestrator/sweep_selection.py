@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -170,6 +170,18 @@ class Only:
 
     def __call__(self, cell: Cell) -> bool:
         return all(clause(cell) for clause in self.clauses)
+
+    def resolved(self, word: str, tag: str) -> Only:
+        """The same with a word that sweeps use for a device in the place of its tag."""
+        return replace(
+            self,
+            clauses=tuple(
+                replace(clause, patterns=tuple(tag if pattern == word else pattern for pattern in clause.patterns))
+                if clause.key == "hardware"
+                else clause
+                for clause in self.clauses
+            ),
+        )
 
     def check(self, cells: Iterable[Cell]) -> None:
         """Raise `SweepError` for an alternative that no cell has: misspelt, or two clauses without their comma."""

@@ -15,7 +15,7 @@ from analysis.table import Table
 def to_json(table: Table) -> str:
     """The table as one line of JSON."""
     lines = [{name: _plain(value) for name, value in row.items()} for row in records(table.frame)]
-    document = {"title": table.title, "records": lines, "footnotes": list(table.footnotes)}
+    document = {"title": table.title, "records": lines, "footnotes": table.remarks()}
     return json.dumps(document, allow_nan=False) + "\n"
 
 

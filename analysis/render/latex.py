@@ -32,7 +32,7 @@ def to_latex(table: Table) -> str:
         lines += [_row([entry.text.strip() for entry in row]) for row in section.rows]
     lines += [r"\bottomrule", r"\end{tabular}"]
     remarks = [f"[{number}] {note}" for number, note in enumerate(arranged.notes, start=1)]
-    lines += [rf"\par\footnotesize {_escaped(remark)}" for remark in (*remarks, *arranged.footnotes)]
+    lines += [rf"\par\footnotesize {_escaped(remark)}" for remark in (*remarks, *table.remarks())]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 

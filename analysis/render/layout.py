@@ -42,13 +42,12 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Headers, sections of entries (one per header), and remarks in the order of their numbers."""
+    """Headers, sections of entries (one per header), and notes in the order of their numbers."""
 
     title: str
     headers: tuple[Header, ...]
     sections: tuple[Section, ...]
     notes: tuple[str, ...]
-    footnotes: tuple[str, ...]
 
 
 def layout(table: Table) -> Layout:
@@ -69,9 +68,7 @@ def layout(table: Table) -> Layout:
         Section(heading=" | ".join(part for part in heading if part), rows=tuple(rows))
         for heading, rows in blocks.items()
     )
-    return Layout(
-        title=table.title, headers=headers, sections=sections, notes=tuple(numbers), footnotes=table.footnotes
-    )
+    return Layout(title=table.title, headers=headers, sections=sections, notes=tuple(numbers))
 
 
 def _entry(row: dict[str, Any], field: Field) -> Entry:

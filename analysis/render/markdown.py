@@ -19,10 +19,10 @@ def to_markdown(table: Table) -> str:
         lines += [_row([entry.text.strip() for entry in row]) for row in section.rows]
         lines.append("")
     lines += [f"{number}. {_escaped(note)}" for number, note in enumerate(arranged.notes, start=1)]
-    if arranged.notes and arranged.footnotes:
+    if arranged.notes:
         lines.append("")
-    for footnote in arranged.footnotes:
-        lines += [_escaped(footnote), ""]
+    for remark in table.remarks():
+        lines += [_escaped(remark), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

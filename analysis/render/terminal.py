@@ -43,7 +43,7 @@ def print_table(table: Table, console: Console | None = None) -> None:
     console.print()
     for position, note in enumerate(arranged.notes, start=1):
         console.print(_remark(f"[{position}] ", note))
-    remarks = list(arranged.footnotes)
+    remarks = table.remarks(left_out)
     if left_out:
         remarks.append(f"Not shown for want of width: {', '.join(left_out)}.")
     for remark in remarks:

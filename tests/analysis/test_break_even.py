@@ -102,7 +102,7 @@ def test_decoding_counts_steps_by_the_time_that_the_speed_up_compares(build: Sim
     assert line["speedup"] == pytest.approx(8 / 6)
     assert line["call_ms"] == pytest.approx(6.0)
     assert line["break_even_calls"] == pytest.approx(30 / 0.002)
-    assert any("a step of the batch, one token for each of its sequences" in text for text in table.footnotes)
+    assert any("a step of the batch, one token for each of its sequences" in text for text in table.remarks())
 
 
 def test_no_saving_is_empty(build: SimpleNamespace, loaded: Loaded) -> None:

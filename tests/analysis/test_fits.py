@@ -56,4 +56,4 @@ def test_only_training_tables_say_so(build: SimpleNamespace, loaded: Callable[..
     table = comparison_table(loaded(build.sweep(**MEASURED | {"optimizer_state_bytes": 1, "non_torch_bytes": 0}), "b"))
     assert list(table.frame["fits"].unique()) == ["8 GB"]
     assert " 8 GB " in render(table)
-    assert LEGEND in table.footnotes
+    assert LEGEND in table.remarks()

@@ -190,11 +190,11 @@ def test_tables_say_so(build: SimpleNamespace, loaded: Loaded, kind: str) -> Non
     for row in rows:
         row["host_loop_ms" if kind == "decode" else "host_loop_throughput_ms"] = 0.2
     table = comparison_table(loaded(rows))
-    assert LEGEND_HOST in table.footnotes
+    assert LEGEND_HOST in table.remarks()
     assert sum(any("at one host clock 1.0" in note for note in notes) for notes in table.frame["notes"]) == 3
-    assert (LEGEND_HOST in tradeoff_table(loaded(rows)).footnotes) == (kind == "decode")
+    assert (LEGEND_HOST in tradeoff_table(loaded(rows)).remarks()) == (kind == "decode")
     for make in (comparison_table, tradeoff_table):
-        assert LEGEND_HOST not in make(quiet).footnotes
+        assert LEGEND_HOST not in make(quiet).remarks()
 
 
 @given(

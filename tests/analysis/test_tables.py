@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis import comparison_table, render, tradeoff_table
+from analysis.render import to_text
 from tasks.row import CORE
 
 Loaded = Callable[..., pd.DataFrame]
@@ -86,7 +87,7 @@ def test_decoding_is_compared_by_whole_requests(build: SimpleNamespace, loaded: 
     lines = {}
     for kind in ("prefill", "decode"):
         table = comparison_table(loaded([row | {"workload": kind} for row in rows]))
-        assert any("whole requests" in text for text in table.footnotes) == (kind == "decode")
+        assert any("whole requests" in text for text in table.remarks()) == (kind == "decode")
         lines[kind] = table.frame.iloc[1]
     assert lines["prefill"]["verdict"] == "indistinguishable"
     assert lines["prefill"]["speedup"] == pytest.approx(1.0, rel=0.02)
@@ -116,13 +117,17 @@ def test_decoding_has_the_columns_of_the_second_article(build: SimpleNamespace, 
     assert max(map(len, text.splitlines())) <= 120
     left_out = text.split("Not shown for want of width:")[1]
     assert "request max" in left_out and "speed-up" not in left_out and "latency" not in left_out
+    narrow = to_text(table, 80)
+    assert "over the requests of a round" in markdown and "over the requests of a round" in text
+    assert "request std" in narrow.split("Not shown for want of width:")[1]
+    assert "over the requests of a round" not in narrow  # a legend goes with its columns
 
 
 def test_columns_stay_out_where_they_mean_nothing(build: SimpleNamespace, loaded: Loaded) -> None:
     table = comparison_table(loaded(build.sweep(hardware=("cpu",))))
     shown = {field.header for field in table.fields}
     assert not shown & {"request std", "reserved", "fragmented", "skipped", "loss@8", "of ceiling", "MFU"}
-    assert not any(text.startswith(("request ms", "of ceiling", "loss@8")) for text in table.footnotes)
+    assert not any(text.startswith(("request ms", "of ceiling", "loss@8")) for text in table.remarks())
 
 
 def test_training_shows_skipped_steps_and_losses_that_are_apart(build: SimpleNamespace, loaded: Loaded) -> None:
@@ -161,7 +166,7 @@ def test_causal_kernels_show_what_they_execute(build: SimpleNamespace, loaded: L
     for format in ("text", "md"):
         text = render(table, format)
         assert "of ceiling" in text and " 65 %" in text and "130 %" not in text and "MFU" not in text
-    assert any("of causal attention only the half" in text for text in table.footnotes)
+    assert any("of causal attention only the half" in text for text in table.remarks())
 
 
 @pytest.mark.parametrize(("causal", "share"), [("false", 0.6), ("true", None)])

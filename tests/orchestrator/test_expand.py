@@ -219,6 +219,13 @@ def test_only_keeps_the_baseline(only: str, expected: list[str]) -> None:
     assert [str(item.cell.stack) for item in planned] == expected
 
 
+def test_only_knows_this_machine_by_its_word() -> None:
+    both = {"hardware": ["local", "cpu"], "optimizations": ["baseline"]}
+    for only, expected in (("hardware=local", {"h200"}), ("hardware!=local", {"cpu"}), ("hardware=local|cpu", None)):
+        found = {planned.cell.hardware for planned in cells(only, **both)}
+        assert found == (expected or {"h200", "cpu"})
+
+
 def test_only_by_parameters() -> None:
     workloads = [{"kind": "attention", "causal": [True, False]}, {"kind": "decode", "batch_size": [1, 8]}]
     assert len(cells(workloads=workloads)) == 8
