@@ -4,7 +4,8 @@
 #
 #   benchmarks/on_gpu.sh OUT tests llama attention calibration instrumentation
 #
-# With DEADLINE (seconds since 1970) nothing goes on beyond it.
+# A part may be the name of any shipped sweep, at its scale `headline`; what stands behind a slash are the cells that it
+# is limited to, as `--only` takes them: decode-ladder/new_tokens=100. With DEADLINE (seconds since 1970) nothing goes on beyond it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
@@ -12,6 +13,8 @@ shift
 mkdir -p "$out"
 PYTHON=${PYTHON:-python}
 PAIRED=${PAIRED:-fp32|fp16|bf16|bf16+static-cache|bf16+static-cache+compile:mode=reduce-overhead}
+BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true"
+MARLIN="import torch; from gptqmodel.utils.marlin import prewarm_marlin_extension as build; build(torch.bfloat16)"
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
 limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
@@ -32,6 +35,8 @@ sweep() { # SECONDS NAME FOLDER [OPTION...]
 
 for part in "$@"; do
     echo "== $part, $(date +%T)"
+    only=
+    [[ $part == */* ]] && only=${part#*/} && part=${part%%/*}
     case $part in
     tests)
         limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
@@ -68,13 +73,23 @@ for part in "$@"; do
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
     profile) # where a token of the best 8B stack spends its time
-        best="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true"
-        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$best"
+        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST"
         ;;
-    systematic)
-        limited 240 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
-        sweep "${SWEEP_S:-300}" systematic systematic --set scale=gpu --set "models=[{id: gpt2-size, path: $out/trained}]"
-        sweep "${SWEEP_S:-300}" systematic systematic-8b --set scale=8b
+    apart) # the same where the compiler keeps elementwise work out of products that would do it again and again
+        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor realize_reads_threshold=1
+        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor realize_opcount_threshold=8
+        ;;
+    train) # Marlin's kernels are compiled meanwhile, which takes two minutes of the processor
+        GPTQMODEL_OFFLINE=1 limited 300 "$PYTHON" -c "$MARLIN" >"$out/marlin.txt" 2>&1 &
+        limited 300 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
+        wait
+        ;;
+    systematic) # of the model that `train` has left
+        sweep "${SYSTEMATIC_S:-900}" systematic systematic --set scale=gpu \
+            --set "models=[{id: gpt2-size, path: $out/trained}]" ${only:+--only "$only"}
+        ;;
+    systematic-8b)
+        sweep "${SWEEP_S:-600}" systematic systematic-8b --set scale=8b ${only:+--only "$only"}
         ;;
     two) # on a host with two cards; then `one` on each of them, and benchmarks/two_devices.py
         sweep 240 aa-gpu two --parallel-gpus --only "$DEVICE_BOUND"
@@ -83,7 +98,7 @@ for part in "$@"; do
         sweep 240 aa-gpu one --only "$DEVICE_BOUND"
         ;;
     *)
-        sweep "${SWEEP_S:-300}" "$part" "$part" --set scale=headline ${ROUNDS:+--set rounds=$ROUNDS}
+        sweep "${SWEEP_S:-600}" "$part" "$part" --set scale=headline ${ROUNDS:+--set rounds=$ROUNDS} ${only:+--only "$only"}
         ;;
     esac
 done
