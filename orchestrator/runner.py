@@ -73,7 +73,7 @@ class Runner:
         facts = self._supervisor.facts() if known is None else known
         self._slot = {
             "device": device, "cpus": list(affinity), "ceilings": facts.get("ceilings") or {},
-            "idle_power_w": facts.get("idle_power_w"),
+            "idle_power_w": facts.get("idle_power_w"), "idle_power_missing": facts.get("idle_power_missing") or "",
         }  # fmt: skip
         return {**facts, "cpus": list(affinity)}
 

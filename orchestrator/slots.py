@@ -28,7 +28,7 @@ MAX_STARTS = 4
 
 # A slot whose runs end this soon (they need no process) is sent several at once: the way there takes longer.
 ANSWER_S = 0.02
-_OF_THE_SLOT = frozenset({"device", "cpus", "ceilings", "idle_power_w"})
+_OF_THE_SLOT = frozenset({"device", "cpus", "ceilings", "idle_power_w", "idle_power_missing"})
 
 
 class Phase(StrEnum):

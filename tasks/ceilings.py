@@ -34,10 +34,11 @@ def product_key(precision: str) -> str:
 
 
 def measure_facts(payload: dict[str, Any]) -> dict[str, Any]:
-    """Ceilings of the device in `payload`, and its idle power: `{"ceilings": {...}, "idle_power_w": ...}`."""
+    """Ceilings of the device in `payload`, its idle power in watts or why there is none, and its power limit."""
     import torch
 
     from tasks.energy import idle_power
+    from tasks.metric import Missing
     from tasks.nvml import open_gpu
 
     info = DeviceInfo.from_dict(payload["device"])
@@ -46,11 +47,12 @@ def measure_facts(payload: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(len(payload["cpus"]))
     gpu = open_gpu(info.uuid) if info.kind == "cuda" else None
     # before CUDA is initialised: a context raises the idle power, and the card may still be warm from the last cell
-    idle = idle_power(gpu) if gpu is not None else None
+    idle = idle_power(gpu) if gpu is not None else Missing(reason="only that of a GPU that NVML reads is measured")
     device = torch.device(info.kind)
     return {
         "ceilings": measure_ceilings(device),
-        "idle_power_w": idle if isinstance(idle, float) else None,
+        "idle_power_w": None if isinstance(idle, Missing) else idle,
+        "idle_power_missing": idle.reason if isinstance(idle, Missing) else "",
         "power_limit_w": gpu.power_limit_w() if gpu is not None else None,
     }
 

@@ -47,13 +47,14 @@ PROFILES = {
 class CellJob:
     """One run of one cell, as the driver hands it to a runner.
 
-    `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU) or
-    the device (CUDA). `artifact_dir` is local to the node, and making one artifact may take `artifact_timeout_s`.
-    `checkpoint` is the hash of the model's weights, where the supervisor has read them: minutes for large ones.
-    `ceilings` and `idle_power_w` were measured on this device in this sweep. `executed` demands a freshly executed
-    process. `search_path` are folders in which a model factory may be found, the sweep file's own first.
-    `quality_choices_file` holds the user's questions, the shipped ones when empty; `quality_tasks` are names of
-    lm-evaluation-harness. `temperature_c` is what the block's first run started at.
+    `device` is the slot it runs on; a simulated one runs on the CPU. `memory_budget_bytes` caps the process (CPU)
+    or the device (CUDA). `artifact_dir` is local to the node, and making one artifact may take
+    `artifact_timeout_s`. `checkpoint` is the hash of the model's weights, where the supervisor has read them:
+    minutes for large ones. `ceilings` and `idle_power_w` (`idle_power_missing`: why not) were measured on this
+    device in this sweep. `executed` demands a freshly executed process. `search_path` are folders in which a model
+    factory may be found, the sweep file's own first. `quality_choices_file` holds the user's questions, the shipped
+    ones when empty; `quality_tasks` are names of lm-evaluation-harness. `temperature_c` is what the block's first
+    run started at.
     """
 
     sweep: str
@@ -86,6 +87,7 @@ class CellJob:
     quality_tasks_limit: int | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
     idle_power_w: float | None = None
+    idle_power_missing: str = ""
     temperature_c: float | None = None
     search_path: tuple[str, ...] = ()
     seed: int = 0

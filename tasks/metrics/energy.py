@@ -44,7 +44,8 @@ class Energy(Metric):
     def collect(self, session: Session) -> dict[str, Any]:
         reading = session.timings.energy if session.timings else None
         idle = session.job.idle_power_w
-        power_w_idle = Missing(reason="the idle power of this device was not measured") if idle is None else idle
+        why = session.job.idle_power_missing or "nothing has measured this device"
+        power_w_idle = Missing(reason=f"the idle power is not known: {why}") if idle is None else idle
         if not isinstance(reading, EnergyReading):
             reason = reading or Missing(reason="the throughput pass was not reached")
             if reason.reason == SHARED:

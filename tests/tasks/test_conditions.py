@@ -74,7 +74,8 @@ def test_clocks_stand_beside_the_raw_samples() -> None:
 @pytest.mark.parametrize(("reason", "flags"), [(SHARED, ["foreign_gpu_process"]), ("mig", [])])
 def test_foreign_work_found_by_the_energy_meter_is_flagged(reason: str, flags: list[str]) -> None:
     session: Any = Watched(FakeGpu(lambda: 0.0))
-    session.job = type("Job", (), {"idle_power_w": None})()
+    session.job = type("Job", (), {"idle_power_w": None, "idle_power_missing": "counter_stuck"})()
     session.timings.energy = Missing(reason=reason)
-    Energy().collect(session)
+    idle = Energy().collect(session)["power_w_idle"]
     assert session.row["flags"] == flags
+    assert idle == Missing(reason="the idle power is not known: counter_stuck")

@@ -217,6 +217,7 @@ class TestFacts:
 
     def test_a_cpu_has_no_idle_power(self, facts: dict[str, Any]) -> None:
         assert facts["idle_power_w"] is None
+        assert "a GPU" in facts["idle_power_missing"]
 
 
 def test_device_decides_what_the_process_sees(bench: Any, tmp_path: Any) -> None:
