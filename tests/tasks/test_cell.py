@@ -159,7 +159,7 @@ def test_judge_that_fails_takes_nothing_from_what_was_measured(
     payload = bench.job(bench.cell("prefill", "fp32"), profile=bench.INSTANT, quality=True).to_dict()
     row = run_cell(payload, tmp_path / "phase", "fork")["row"]
     assert row["outcome"] == "ok"
-    assert row["flags"][-1:] == ["quality_failed"]
+    assert "quality_failed" in row["flags"]
     assert row["latency_ms_p50"] > 0
     assert "can't allocate memory" in json.loads(row["null_reasons"])["perplexity"]
     assert json.loads(row["environment"])["torch"]
