@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.expand import PlannedCell, expand
+from orchestrator.forecast import run_seconds
 from orchestrator.placement import Placed, devices_of, place
 from orchestrator.sweep import LOCAL, Sweep, load_sweep, parse_only
 from orchestrator.sweep_quality import without_harness
 from tasks.device import HEAD_TAG, DeviceInfo, tag_matches
 from tasks.probe import NodeReport, installed_packages, probe
-from tasks.registry import optimizations
-
-# Seconds of one run besides the measuring passes: process, load, first call, evidence. Seen on 2 cores and an H200.
-OVERHEAD_S = 2.0
-COMPILE_COLD_S = 25.0
-COMPILE_WARM_S = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +41,7 @@ class Planning:
         seconds: dict[str, float] = defaultdict(float)
         for item in self.placed:
             if item.to_run and item.device is not None:
-                seconds[item.device.tag] += _estimate(self.sweep, item)
+                seconds[item.device.tag] += _estimate(self.sweep, item.device, item)
         return max((total / max(self.slots.get(tag, 1), 1) for tag, total in seconds.items()), default=0.0)
 
     def document(self) -> dict[str, Any]:
@@ -150,17 +145,12 @@ def _least_memory(item: Placed) -> str:
     return f"{footprint.total_bytes / 2**20:,.0f} MiB" if footprint.total_bytes else "?"
 
 
-def _estimate(sweep: Sweep, item: Placed) -> float:
-    profile = sweep.measuring
-    cuda = item.device is not None and item.device.kind == "cuda"
-    passes = profile.warmup_min_s + profile.latency_s + profile.throughput_s
-    if cuda:
-        passes += profile.device_s + profile.energy_window_s * profile.energy_windows
-    rounds, known = item.planned.rounds, optimizations()
-    seconds = rounds * (passes + OVERHEAD_S)
-    if any(known[name].family == "compile" for name in item.planned.cell.stack.names()):
-        seconds += COMPILE_COLD_S + COMPILE_WARM_S * (rounds - 1)
-    return min(seconds, rounds * sweep.limits.cell_timeout_s)
+def _estimate(sweep: Sweep, device: DeviceInfo, item: Placed) -> float:
+    """Seconds of all rounds of a cell: quality is judged in the first, which also finds the compiler's cache cold."""
+    cell, rounds, limit_s = item.planned.cell, item.planned.rounds, sweep.limits.cell_timeout_s
+    first = run_seconds(cell, device, sweep.measuring, judged=sweep.quality.enabled, cold=True)
+    later = run_seconds(cell, device, sweep.measuring, judged=False, cold=False)
+    return min(first, limit_s) + (rounds - 1) * min(later, limit_s)
 
 
 def _promised_devices(path: Path) -> list[DeviceInfo]:
