@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Needs
@@ -13,6 +14,7 @@ from tasks.workloads._decode_cache import bytes_of
 if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
     from tasks.device import DeviceInfo
+    from tasks.job import CellJob
     from tasks.session import Session
 
 PACKAGE = {"quanto": "optimum-quanto", "hqq": "hqq"}
@@ -50,6 +52,14 @@ class QuantizedCacheKind(CacheKind):
         super().apply(technique, session)
         if option(technique, "backend") == "quanto":
             settle_unpacking(session.device)
+
+    def kernels_to_build(self, technique: Technique, job: CellJob) -> str | None:
+        return f"quanto {job.device.kind}" if option(technique, "backend") == "quanto" else None
+
+    def build_kernels(self, technique: Technique, session: Session) -> float:
+        began = time.perf_counter()
+        settle_unpacking(session.device)
+        return time.perf_counter() - began
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
         from transformers import QuantizedCache

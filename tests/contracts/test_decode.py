@@ -17,6 +17,8 @@ from tasks.job import PROFILES
 from tasks.metric import Missing
 from tasks.metrics.decoding import Decoding
 from tasks.registry import optimizations, workloads
+from tasks.row import Row
+from tasks.session import Session
 from tasks.stacks import parse_stack, unsupported
 from tasks.timing import Passes
 from tasks.workloads._decode_cache import bytes_of, stored_bytes
@@ -495,6 +497,24 @@ class TestCacheBytes:
             assert evidence.ok, evidence.facts
             other = parse_stack(f"quantized-cache:bits={6 - bits}").techniques[0]
             assert not optimizations()["quantized-cache"].evidence(other, session).ok, "other bits than were stored"
+
+    def test_quantized_compiles_before_the_cell(self, bench: Any) -> None:
+        """A minute of nvcc, or half a one of gcc, once for each installation: it is not the cell's."""
+        technique = optimizations()["quantized-cache"]
+        for backend, device, expected in (
+            ("quanto", bench.device("cuda"), "quanto cuda"),
+            ("quanto", bench.device(), "quanto cpu"),
+            ("hqq", bench.device("cuda"), None),
+        ):
+            cell = bench.cell("decode", f"fp32+quantized-cache:backend={backend}")
+            chosen = cell.stack.techniques[-1]
+            assert technique.kernels_to_build(chosen, bench.job(cell, device=device)) == expected
+        pytest.importorskip("optimum.quanto")
+        job = bench.job(bench.cell("decode", "fp32+quantized-cache"))
+        session = Session(job=job, device=torch.device("cpu"), row=Row())
+        quanto = job.cell.stack.techniques[-1]
+        first, second = (technique.build_kernels(quanto, session) for _ in range(2))
+        assert 0 < second < max(first, 0.1), "what was compiled is compiled once"
 
     def test_quantized_refusals(self, bench: Any) -> None:
         packages = {**bench.device().packages, "optimum-quanto": "0.2.7", "hqq": "0.2.8"}
