@@ -17,7 +17,7 @@ BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce
 MARLIN="import torch; from gptqmodel.utils.marlin import prewarm_marlin_extension as build; build(torch.bfloat16)"
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
-limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
+limited() { # SECONDS COMMAND...: a polite end first, so that a sweep finishes its cell and pytest prints what failed
     local seconds=$1 left
     shift
     left=$((${DEADLINE:-9999999999} - $(date +%s)))
@@ -25,7 +25,8 @@ limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes i
         echo "no time for: $*"
         return
     fi
-    timeout --signal=INT --kill-after=60 $((left < seconds ? left : seconds)) "$@"
+    # not an interrupt, which a shell's background jobs ignore; the longest cell compiles for nearly two minutes
+    timeout --signal="${SIGNAL:-TERM}" --kill-after=150 $((left < seconds ? left : seconds)) "$@"
 }
 
 sweep() { # SECONDS NAME FOLDER [OPTION...]
@@ -39,7 +40,7 @@ for part in "$@"; do
     [[ $part == */* ]] && only=${part#*/} && part=${part%%/*}
     case $part in
     tests)
-        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
+        SIGNAL=INT limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
         tail -n 60 "$out/tests.txt"
         ;;
     llama)
@@ -73,11 +74,13 @@ for part in "$@"; do
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
     profile) # where a token of the best 8B stack spends its time
-        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST"
+        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" | tee "$out/profile.txt"
         ;;
     apart) # the same where the compiler keeps elementwise work out of products that would do it again and again
-        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor realize_reads_threshold=1
-        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor realize_opcount_threshold=8
+        for setting in realize_reads_threshold=1 realize_opcount_threshold=8; do
+            limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor $setting |
+                tee "$out/$setting.txt"
+        done
         ;;
     train) # Marlin's kernels are compiled meanwhile, which takes two minutes of the processor
         GPTQMODEL_OFFLINE=1 limited 300 "$PYTHON" -c "$MARLIN" >"$out/marlin.txt" 2>&1 &

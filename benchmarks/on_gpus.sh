@@ -5,7 +5,7 @@
 #
 # Lane N gets the Nth card of CUDA_VISIBLE_DEVICES (0, 1, ... by default), writes to OUT/N and ends its parts after
 # SECONDS; what stands before the parts is for their environment. Siblings of one core stay in one lane.
-set -uo pipefail
+set -ufo pipefail # a part may hold the patterns of --only
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(realpath -m "$1")
 seconds=$2
@@ -37,7 +37,7 @@ lane() { # NUMBER [VARIABLE=VALUE...] PART...
     shift
     export CUDA_VISIBLE_DEVICES=${cards[number]} HOME=/tmp/lane$number/home TMPDIR=/tmp/lane$number
     mkdir -p "$HOME" "$out/$number"
-    while [[ $1 == *=* ]]; do
+    while [[ $1 =~ ^[A-Z_]+= ]]; do
         export "${1?}"
         shift
     done
