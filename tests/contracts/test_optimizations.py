@@ -53,7 +53,7 @@ def cell_for(bench: Any, name: str, workload: str | None = None, precision: str 
     """A cell with the technique, on pocket where trained weights are needed."""
     technique = optimizations()[name]
     kind = workload or usual_workload(technique)
-    model = bench.POCKET if technique.family in ON_POCKET else None
+    model = bench.POCKET if technique.family in ON_POCKET and kind != "forward" else None
     stack = COMPANIONS.get(name, name)
     return bench.cell(kind, f"{precision}+{stack}" if precision else stack, model)
 
