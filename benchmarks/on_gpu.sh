@@ -5,7 +5,8 @@
 #   benchmarks/on_gpu.sh OUT tests llama attention calibration instrumentation
 #
 # A part may be the name of any shipped sweep, at its scale `headline`; what stands behind a slash are the cells that it
-# is limited to, as `--only` takes them: decode-ladder/new_tokens=100. With DEADLINE (seconds since 1970) nothing goes on beyond it.
+# is limited to, as `--only` takes them: decode-ladder/new_tokens=100. With DEADLINE (seconds since 1970) nothing goes
+# on beyond it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
@@ -17,7 +18,7 @@ BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce
 MARLIN="import torch; from gptqmodel.utils.marlin import prewarm_marlin_extension as build; build(torch.bfloat16)"
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
-limited() { # SECONDS COMMAND...: a polite end first, so that a sweep finishes its cell and pytest prints what failed
+limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes its cell and pytest prints what failed
     local seconds=$1 left
     shift
     left=$((${DEADLINE:-9999999999} - $(date +%s)))
@@ -25,8 +26,8 @@ limited() { # SECONDS COMMAND...: a polite end first, so that a sweep finishes i
         echo "no time for: $*"
         return
     fi
-    # not an interrupt, which a shell's background jobs ignore; the longest cell compiles for nearly two minutes
-    timeout --signal="${SIGNAL:-TERM}" --kill-after=150 $((left < seconds ? left : seconds)) "$@"
+    # which a shell's background jobs would ignore; the longest cell compiles for nearly two minutes
+    timeout --signal=INT --kill-after=150 $((left < seconds ? left : seconds)) env --default-signal=INT "$@"
 }
 
 sweep() { # SECONDS NAME FOLDER [OPTION...]
@@ -40,7 +41,7 @@ for part in "$@"; do
     [[ $part == */* ]] && only=${part#*/} && part=${part%%/*}
     case $part in
     tests)
-        SIGNAL=INT limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
+        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
         tail -n 60 "$out/tests.txt"
         ;;
     llama)
