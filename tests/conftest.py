@@ -16,9 +16,9 @@ import pytest
 
 from tasks.cell import NO_MODEL, Cell, ModelSpec, Scalar, Stack, WorkloadPoint
 from tasks.device import DeviceInfo
-from tasks.environment import version
 from tasks.job import PROFILES, CellJob
 from tasks.metric import Phase
+from tasks.probe import installed_packages
 from tasks.registry import metric_classes, optimizations, workloads
 from tasks.session import Session
 from tasks.stacks import parse_stack
@@ -48,9 +48,7 @@ TINY_RESNET = {
 }
 POCKET = ModelSpec(id="pocket", source="pocket", kind="language")
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
-_INSTALLABLE = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "gguf", "llama-cpp-python")
-_INSTALLABLE += ("gptqmodel", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
-PACKAGES = {name: found for name in _INSTALLABLE if (found := version(name))}
+PACKAGES = installed_packages()
 INSTANT = "instant"  # a profile for passes inside the test process
 
 

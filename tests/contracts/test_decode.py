@@ -482,10 +482,10 @@ class TestCacheBytes:
             assert session.step.cache is None
             assert session.step.cache_bytes() == 0
 
+    @pytest.mark.backends
     @pytest.mark.parametrize("stack", ["quantized-cache", "quantized-cache:bits=2", "quantized-cache:residual=4"])
     def test_quantized_is_smaller_and_says_so(self, bench: Any, stack: str) -> None:
-        """Real bytes of packed numbers and scales; skipped where optimum-quanto is not installed."""
-        pytest.importorskip("optimum.quanto")
+        """Real bytes of packed numbers and scales."""
         cell = bench.cell("decode", f"fp32+{stack}", bench.POCKET, batch_size=2, prompt_tokens=64, new_tokens=8)
         plain = bench.cell("decode", "fp32+dynamic-cache", bench.POCKET, batch_size=2, prompt_tokens=64, new_tokens=8)
         with bench.live(bench.job(plain), calls=1) as session:
@@ -509,7 +509,10 @@ class TestCacheBytes:
             cell = bench.cell("decode", f"fp32+quantized-cache:backend={backend}")
             chosen = cell.stack.techniques[-1]
             assert technique.kernels_to_build(chosen, bench.job(cell, device=device)) == expected
-        pytest.importorskip("optimum.quanto")
+
+    @pytest.mark.backends
+    def test_quantized_compiles_once(self, bench: Any) -> None:
+        technique = optimizations()["quantized-cache"]
         job = bench.job(bench.cell("decode", "fp32+quantized-cache"))
         session = Session(job=job, device=torch.device("cpu"), row=Row())
         quanto = job.cell.stack.techniques[-1]

@@ -260,8 +260,10 @@ def applicable(workload: str) -> list[str]:
         if workload in (known[name].needs.workloads or workloads())
         and (known[name].family != "compile" or workload == "attention")
         and (known[name].family != "attention" or workload != "forward")
-        # greedy tokens of a rounded model may part for good: prefill shows its logits
-        and (known[name].family not in ("precision", "compression") or workload != "decode")
+        # greedy tokens of a rounded model or cache may part for good: prefill shows the logits of the one, test_decode
+        # what is in the other
+        and (known[name].family not in ("precision", *ON_POCKET) or workload != "decode")
+        and not known[name].lossy_cache
     ]
 
 
@@ -273,7 +275,9 @@ def marks_of(*names: str) -> list[Any]:
     """Techniques that run on a CPU, and whose package an extra installs, are for make test-backends."""
     needs = [optimizations()[name].needs for name in names if name in TECHNIQUES]
     here = [item for item in needs if not item.devices or "cpu" in item.devices]
-    return [pytest.mark.backends] if any(item.extra and item.packages for item in here) else []
+    return (
+        [pytest.mark.backends] if any(item.extra and (item.packages or item.optional_packages) for item in here) else []
+    )
 
 
 @pytest.mark.usefixtures("torch_settings")
@@ -306,10 +310,6 @@ class TestEffect:
         if not runs_here(bench, cell):
             pytest.skip(str(unsupported(cell, bench.device())))
         family = optimizations()[name].family
-        if workload == "decode" and family in ("precision", *ON_POCKET):
-            pytest.skip("greedy tokens of a rounded model may part for good: prefill shows its logits")
-        if optimizations()[name].lossy_cache:
-            pytest.skip("does not claim the same tokens: its evidence is checked elsewhere")
         expected = reference(cell)  # a session of its own, which forgets what was compiled: before the other begins
         with bench.live(bench.job(cell)) as session:
             # before the evidence, whose own calls are shorter
