@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,17 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.job import PROFILES
-from tasks.metric import Missing
-from tasks.metrics.decoding import Decoding
 from tasks.registry import optimizations, workloads
-from tasks.row import Row
-from tasks.session import Session
-from tasks.stacks import parse_stack, unsupported
-from tasks.timing import Passes
-from tasks.workloads._decode_cache import bytes_of, stored_bytes
+from tasks.stacks import parse_stack
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
-from tasks.workloads._decode_costs import _hidden, check_costs, measure_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths
 from tasks.workloads._decode_steps import Sampler
 
@@ -352,189 +342,6 @@ def test_last_column_is_where_the_check_ends(needed: int, every: int) -> None:
         ledger.accept(torch.tensor([1]))
         over = check.issued(column)
     assert column == check.last_column(needed)
-
-
-class TestCosts:
-    def test_of_a_stop_check(self, bench: Any) -> None:
-        """The naive check against itself, and what the metric says where nobody looks."""
-        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES), profile=bench.INSTANT)
-        with bench.measured(job) as (session, metrics):
-            row = metrics["decoding"].collect(session)
-            assert row["decode_steps"] == session.step.ledger.longest - 1
-            assert row["superfluous_steps"] == 0
-            assert row["request_ms_min"] <= row["request_ms_mean"] <= row["request_ms_max"]
-            assert "see stop_check_wait_ms" in row["stop_check_ms"].reason, "nothing works beside a CPU"
-            assert 0 < row["stop_check_wait_ms"] < row["request_ms_mean"] / row["decode_steps"]
-        with bench.measured(bench.job(bench.cell("decode", **AXES), profile=bench.INSTANT)) as (session, metrics):
-            row = metrics["decoding"].collect(session)
-            assert "never looks" in row["stop_check_ms"].reason
-
-    def test_slow_check_costs_what_it_sleeps(self, bench: Any) -> None:
-        class Sleepy(SyncCheck):
-            def issued(self, column: int) -> bool:
-                time.sleep(0.005)
-                return super().issued(column)
-
-        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
-        with bench.live(job) as session:
-            session.step.check = Sleepy()
-            row = measure_costs(session, session.step)
-        # one more look than there are steps: after the first token
-        assert row["stop_check_ms"] > 4.5
-
-    @pytest.mark.parametrize(("budget_s", "requests"), [(1e6, 3), (0.0, 1)])
-    def test_on_a_cpu_only_what_fills_a_column_is_measured_and_shortly(
-        self, bench: Any, monkeypatch: pytest.MonkeyPatch, budget_s: float, requests: int
-    ) -> None:
-        """Three requests of the stack's own check; one, where they are long."""
-        asked: list[StopCheck] = []
-        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
-        with bench.live(job) as session:
-            run = session.step.run
-
-            def counted(index: int, mark: Callable[[str], None]) -> None:
-                asked.append(session.step.check)
-                run(index, mark)
-
-            session.step.run = counted
-            monkeypatch.setattr("tasks.workloads._decode_costs.BUDGET_S", 1e6)
-            monkeypatch.setitem(PROFILES, "quick", replace(PROFILES["quick"], latency_s=budget_s))
-            row = check_costs(session, session.step)
-            assert set(asked) == {session.step.check}
-        assert len(asked) == requests
-        assert row["stop_check_wait_ms"] > 0
-        assert "nothing can be hidden" in row["stop_check_ms"].reason
-
-    def test_turns_end_within_the_budget(self, bench: Any) -> None:
-        job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
-        with bench.live(job) as session:
-            run, calls = session.step.run, []
-
-            def slow(index: int, mark: Callable[[str], None]) -> None:
-                calls.append(index)
-                time.sleep(0.2)
-                run(index, mark)
-
-            session.step.run = slow
-            row = measure_costs(session, session.step, budget_s=1.0)
-        assert len(calls) == 3, "a second turn would not fit"
-        assert "fewer than 4 turns" in row["stop_check_hidden_share"].reason
-        assert row["stop_check_ms"].reason == row["stop_check_hidden_share"].reason
-
-    def test_long_requests_are_cut_for_more_turns(self, bench: Any) -> None:
-        """Kinds take turns at being first, none does more than 32 steps, and what comes at the end is still counted."""
-        job = bench.job(bench.cell("decode", "sync-check:every=32", stop="eos", **{**AXES, "new_tokens": 60}))
-        with bench.live(job) as session:
-            step, asked = session.step, []
-            run = step.run
-
-            def counted(index: int, mark: Callable[[str], None]) -> None:
-                run(index, mark)
-                asked.append((type(step.check).__name__, step.check is own, step.steps))
-
-            step.run, own = counted, step.check
-            row = measure_costs(session, step)
-            assert (step.ledger.longest, step.steps_per_call, step.superfluous) == (54, 59, 6)
-        assert {steps for _, _, steps in asked} == {32}
-        assert [name for name, _, _ in asked[::3]] == ["NoCheck", "SyncCheck", "SyncCheck"] * 3
-        assert [ours for _, ours, _ in asked[::3]] == [False, False, True] * 3
-        assert isinstance(row["stop_check_ms"], float)
-
-    def test_costs_are_measured_within_the_latency_pass(self, bench: Any) -> None:
-        """That is in `measure_s`, and before anybody samples the card's clocks."""
-        job = bench.job(bench.cell("decode", "sync-check", **AXES), profile=bench.INSTANT)
-        with bench.live(job) as session:
-            passes = Passes(session)
-            passes.warm_up()
-            assert session.step.check_costs is None
-            passes.latency()
-            assert session.step.check_costs["stop_check_wait_ms"] > 0
-
-    def test_hidden_share_needs_a_cost_that_stands_out(self) -> None:
-        clear, noise = [0.2, 0.21, 0.19, 0.2, 0.22], [0.2, -0.1, 0.3, -0.2, 0.1]
-        assert _hidden(0.05, clear, 1.0) == pytest.approx(0.75)
-        assert _hidden(0.2, clear, 1.0) == 0
-        for costs, step_s in ((noise, 1.0), (clear, 100.0)):
-            assert isinstance(_hidden(0.05, costs, step_s), Missing)
-
-    def test_before_anything_nothing_is_known(self, bench: Any) -> None:
-        with bench.live(bench.job(bench.cell("prefill")), calls=0) as session:
-            assert {value.reason for value in Decoding().collect(session).values()} == {"not a generating workload"}
-
-
-class TestCacheBytes:
-    def test_static_is_held_from_the_start(self, bench: Any) -> None:
-        with bench.live(bench.job(bench.cell("decode", "static-cache", **AXES)), calls=1) as session:
-            step = session.step
-            # keys and values x layers x heads x head size x 4 bytes, for every position
-            assert step.cache_bytes() == 2 * 2 * 2 * 16 * 4 * AXES["batch_size"] * 20
-            assert stored_bytes(step.cache) == {"cpu": step.cache_bytes()}
-            address = step.cache.layers[0].keys.data_ptr()
-            step.run(1, ignore)
-            assert step.cache.layers[0].keys.data_ptr() == address
-
-    def test_nothing_is_counted_twice(self) -> None:
-        whole = torch.zeros(10)
-        assert bytes_of([whole[:5], (whole[5:], {"scale": torch.zeros(2, dtype=torch.half)}), None, "x"]) == {"cpu": 44}
-
-    def test_no_cache_has_none(self, bench: Any) -> None:
-        with bench.live(bench.job(bench.cell("decode", "no-cache", **AXES)), calls=1) as session:
-            assert session.step.cache is None
-            assert session.step.cache_bytes() == 0
-
-    @pytest.mark.backends
-    @pytest.mark.parametrize("stack", ["quantized-cache", "quantized-cache:bits=2", "quantized-cache:residual=4"])
-    def test_quantized_is_smaller_and_says_so(self, bench: Any, stack: str) -> None:
-        """Real bytes of packed numbers and scales."""
-        cell = bench.cell("decode", f"fp32+{stack}", bench.POCKET, batch_size=2, prompt_tokens=64, new_tokens=8)
-        plain = bench.cell("decode", "fp32+dynamic-cache", bench.POCKET, batch_size=2, prompt_tokens=64, new_tokens=8)
-        with bench.live(bench.job(plain), calls=1) as session:
-            full = session.step.cache_bytes()
-        with bench.live(bench.job(cell), calls=1) as session:
-            bits = int(parse_stack(stack).techniques[0].option("bits", 4) or 4)
-            assert session.step.cache_bytes() < full * (bits + 1.5) / 32 + full * 8 / 71
-            evidence = optimizations()["quantized-cache"].evidence(parse_stack(stack).techniques[0], session)
-            assert evidence.ok, evidence.facts
-            other = parse_stack(f"quantized-cache:bits={6 - bits}").techniques[0]
-            assert not optimizations()["quantized-cache"].evidence(other, session).ok, "other bits than were stored"
-
-    def test_quantized_compiles_before_the_cell(self, bench: Any) -> None:
-        """A minute of nvcc, or half a one of gcc, once for each installation: it is not the cell's."""
-        technique = optimizations()["quantized-cache"]
-        for backend, device, expected in (
-            ("quanto", bench.device("cuda"), "quanto cuda"),
-            ("quanto", bench.device(), "quanto cpu"),
-            ("hqq", bench.device("cuda"), None),
-        ):
-            cell = bench.cell("decode", f"fp32+quantized-cache:backend={backend}")
-            chosen = cell.stack.techniques[-1]
-            assert technique.kernels_to_build(chosen, bench.job(cell, device=device)) == expected
-
-    @pytest.mark.backends
-    def test_quantized_compiles_once(self, bench: Any) -> None:
-        technique = optimizations()["quantized-cache"]
-        job = bench.job(bench.cell("decode", "fp32+quantized-cache"))
-        session = Session(job=job, device=torch.device("cpu"), row=Row())
-        quanto = job.cell.stack.techniques[-1]
-        first, second = (technique.build_kernels(quanto, session) for _ in range(2))
-        assert 0 < second < max(first, 0.1), "what was compiled is compiled once"
-
-    def test_quantized_refusals(self, bench: Any) -> None:
-        packages = {**bench.device().packages, "optimum-quanto": "0.2.7", "hqq": "0.2.8"}
-        device = bench.device(packages=packages)
-
-        def refusal(options: str) -> str | None:
-            return unsupported(bench.cell("decode", f"quantized-cache{options}"), device)
-
-        assert refusal("") is None
-        assert refusal(":backend=hqq,bits=8") is None
-        assert "2 or 4 bits, not 8" in str(refusal(":bits=8"))
-        assert "residual" in str(refusal(":residual=0"))
-        missing = unsupported(bench.cell("decode", "quantized-cache:backend=hqq"), bench.device())
-        assert "needs hqq" in str(missing)
-        missing = unsupported(bench.cell("decode", "quantized-cache"), bench.device(packages={}))
-        assert "optimum-quanto" in str(missing)
-        assert ".[kvquant]" in str(missing)
 
 
 def test_plain_loop_is_the_default(bench: Any) -> None:

@@ -143,3 +143,42 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(journal=journal, wait_for=wait_for, descendants=descendants, SWEEP=SWEEP)
+
+
+@pytest.fixture
+def checkpoint() -> Callable[..., Path]:
+    """Makes a folder with `config.json` and empty files of these names."""
+
+    def make(folder: Path, *files: str, config: str = "{}") -> Path:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config)
+        for file in files:
+            (folder / file).touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    """Writes a file and returns its path."""
+
+    def write(text: str, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def problems(written: Callable[..., str], tmp_path: Path) -> Callable[..., list[str]]:
+    """The lines of the error that a sweep with this text is refused with, the folder cut off."""
+    from orchestrator.sweep import SweepError, load_sweep
+
+    def refused(text: str, *overrides: str) -> list[str]:
+        with pytest.raises(SweepError) as caught:
+            load_sweep(written(text), overrides)
+        return str(caught.value).replace(f"{tmp_path}/", "").split("\n")
+
+    return refused
