@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -65,18 +66,10 @@ class Host:
         self.start()
 
     def start(self) -> None:
-        for last in (False, False, True):
-            try:
-                self._hosts.ray_start(
-                    self.space, f"--address={self._hosts.address}", f"--node-ip-address={self.address}",
-                    f"--num-gpus={self._accelerators}", f"--labels=bench/hw={self._tag}",
-                )  # fmt: skip
-            except TimeoutError:  # a raylet gives up when its agents need 15 s to start, as on a loaded machine
-                self.crash()
-                if last:
-                    raise
-            else:
-                return
+        self._hosts.ray_start(
+            self.space, f"--address={self._hosts.address}", f"--node-ip-address={self.address}",
+            f"--num-gpus={self._accelerators}", f"--labels=bench/hw={self._tag}",
+        )  # fmt: skip
 
     def cut_off(self) -> None:
         """Its network is gone: what it sends is lost, and nobody is told."""
@@ -90,8 +83,7 @@ class Host:
 
     def crash(self) -> None:
         """Every process of the host ends at once, as when its power is cut."""
-        for process in self.processes():
-            _kill(process)
+        _kill(self.processes())
 
 
 class Hosts:
@@ -109,6 +101,7 @@ class Hosts:
         }  # fmt: skip
         self.hosts: list[Host] = []
         self._started: list[subprocess.Popen[bytes]] = []
+        self._heads = 0
         _ip("netns", "add", self.head_space)
         _ip("-n", self.head_space, "link", "set", "lo", "up")
         _ip("-n", self.head_space, "addr", "add", "10.213.0.1/32", "dev", "lo")
@@ -117,9 +110,12 @@ class Hosts:
         self.start_head()
 
     def start_head(self) -> None:
+        # Namespaces share their processes: in a lost head's folder, Ray would read that head's address, see raylets
+        # of other hosts that wait for it (for 60 s), and refuse to start. Every head has a folder of its own.
+        self._heads += 1
         self.ray_start(
             self.head_space, "--head", "--port=6399", "--node-ip-address=10.213.0.1", "--num-gpus=0",
-            "--labels=bench/hw=cpu", f"--temp-dir={self.folder}", "--include-dashboard=false",
+            "--labels=bench/hw=cpu", f"--temp-dir={self.folder / str(self._heads)}", "--include-dashboard=false",
         )  # fmt: skip
 
     def add(self, tag: str, accelerators: int = 1) -> Host:
@@ -128,9 +124,8 @@ class Hosts:
         return host
 
     def lose_head(self) -> None:
-        for process in in_namespace(self.head_space):
-            if any(part in " ".join(process.cmdline()) for part in ("gcs_server", "raylet/raylet", "ray start")):
-                _kill(process)
+        """The head's Ray ends at once; a driver on the same host lives on."""
+        _end_ray(self.head_space)
 
     def inside(self, *command: str, **options: Any) -> subprocess.Popen[Any]:
         """Start a command on the head's host."""
@@ -138,6 +133,17 @@ class Hosts:
 
     def ray_start(self, space: str, *options: str) -> None:
         """`ray start` in a namespace; returns when the raylet is up."""
+        for last in (False, False, True):
+            try:
+                self._try_ray_start(space, options)
+            except TimeoutError:  # a raylet gives up when its agents need 15 s to start, as on a loaded machine
+                _end_ray(space)
+                if last:
+                    raise
+            else:
+                return
+
+    def _try_ray_start(self, space: str, options: Sequence[str]) -> None:
         command: Sequence[str] = (
             "ip", "netns", "exec", space, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
             "--disable-usage-stats", "--num-cpus=1", f"--object-store-memory={_STORE_BYTES}", *options,
@@ -157,8 +163,7 @@ class Hosts:
 
     def close(self) -> None:
         for space in [host.space for host in self.hosts] + [self.head_space]:
-            for process in in_namespace(space):
-                _kill(process)
+            _kill(in_namespace(space))
             _ip("netns", "del", space, check=False)
         for process in self._started:
             process.wait(30)
@@ -177,8 +182,21 @@ def in_namespace(space: str) -> list[psutil.Process]:
     return found
 
 
-def _kill(process: psutil.Process) -> None:
+def _end_ray(space: str) -> None:
+    parts = ("gcs_server", "raylet/raylet", "ray.scripts.scripts")
+    _kill([process for process in in_namespace(space) if any(part in _line(process) for part in parts)])
+
+
+def _line(process: psutil.Process) -> str:
     try:
-        process.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        return
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    """End them all, and return when they hold neither ports nor memory any more."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=10)

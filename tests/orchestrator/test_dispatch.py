@@ -558,7 +558,9 @@ def test_first_signal_is_heard_while_python_is_blocked(capfd: pytest.CaptureFixt
     with stop.listening(sys.__stderr__, last_words=lambda: None):  # type: ignore[arg-type]
         assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
+        deadline = time.monotonic() + 10
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert stop()
     assert signal.getsignal(signal.SIGTERM) == before
     assert "finishing the running cells" in capfd.readouterr().err

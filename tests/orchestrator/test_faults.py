@@ -55,7 +55,7 @@ class TestDriver:
         assert len(family) > 3
         first.kill()
         first.wait()
-        tools.wait_for(lambda: not [p for p in family if alive(p)], 10, "the end of every process of the killed driver")
+        tools.wait_for(lambda: not [p for p in family if alive(p)], 30, "the end of every process of the killed driver")
         kept = rows(out, tools)
         again = command("run", sweep, "--out", out, "--json")
         stdout, stderr = again.communicate(timeout=120)
@@ -79,7 +79,7 @@ class TestDriver:
         before = len(rows(out, tools))
         family = tools.descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
         assert process.returncode == 130, stderr
         assert "finishing the running cells" in stderr
         found = rows(out, tools)
@@ -99,9 +99,9 @@ class TestDriver:
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-        process.communicate(timeout=10)
+        process.communicate(timeout=30)
         assert process.returncode == 130
-        tools.wait_for(lambda: not [p for p in family if alive(p)], 10, "the end of every process")
+        tools.wait_for(lambda: not [p for p in family if alive(p)], 30, "the end of every process")
 
     def test_two_drivers_on_one_folder(
         self, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
@@ -110,7 +110,7 @@ class TestDriver:
 
         with Store.open(tmp_path / "out"):
             second = command("run", sweep_file(SWEEP % "local"), "--out", tmp_path / "out")
-            _, stderr = second.communicate(timeout=20)
+            _, stderr = second.communicate(timeout=60)
         assert second.returncode == 2
         assert "is being written by" in stderr
 
@@ -144,7 +144,7 @@ class TestCluster:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "a100"), "--out", out, "--address", cluster.address)
         tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
-        runner = tools.wait_for(lambda: runners(tools), 10, "a runner")[0]
+        runner = tools.wait_for(lambda: runners(tools), 30, "a runner")[0]
         below = tools.descendants(runner.pid)
         runner.kill()
         _, stderr = process.communicate(timeout=120)

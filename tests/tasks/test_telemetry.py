@@ -89,16 +89,23 @@ def test_without_a_card_there_is_no_thread() -> None:
     assert telemetry.stop().samples == 0
 
 
+def until_more_than(count: int, telemetry: Telemetry) -> None:
+    deadline = time.monotonic() + 10
+    while len(telemetry.samples) <= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_paused_thread_asks_nothing() -> None:
     telemetry = Telemetry(FakeGpu(time.perf_counter), period_s=0.01)
     telemetry.start()
-    time.sleep(0.1)
+    until_more_than(0, telemetry)
     telemetry.pause()
     seen = len(telemetry.samples)
     time.sleep(0.1)
-    assert len(telemetry.samples) == seen > 0
+    assert len(telemetry.samples) == seen
     telemetry.resume()
-    time.sleep(0.1)
+    until_more_than(seen, telemetry)
     summary = telemetry.stop()
     assert summary.samples > seen
     assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
