@@ -63,7 +63,6 @@ class Host:
         for device in ("lo", "eth0"):
             _ip("-n", self.space, "link", "set", device, "up")
         _ip("-n", self.space, "route", "add", "default", "via", f"10.213.{number}.1")
-        self.start()
 
     def start(self) -> None:
         self._hosts.ray_start(
@@ -107,7 +106,11 @@ class Hosts:
         _ip("-n", self.head_space, "addr", "add", "10.213.0.1/32", "dev", "lo")
         self.inside("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward").wait()
         self.address = "10.213.0.1:6399"
-        self.start_head()
+        try:
+            self.start_head()
+        except BaseException:
+            self.close()
+            raise
 
     def start_head(self) -> None:
         # Namespaces share their processes: in a lost head's folder, Ray would read that head's address, see raylets
@@ -120,7 +123,8 @@ class Hosts:
 
     def add(self, tag: str, accelerators: int = 1) -> Host:
         host = Host(self, len(self.hosts) + 1, tag, accelerators)
-        self.hosts.append(host)
+        self.hosts.append(host)  # so that `close` ends what did not start whole
+        host.start()
         return host
 
     def lose_head(self) -> None:

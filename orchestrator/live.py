@@ -78,7 +78,8 @@ def _through_a_job(address: str, stream: TextIO) -> None:
     job_id = f"benchmatrix-status-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="benchmatrix-status-") as folder:
         write_packages(Path(folder))
-        run_job(client, "python -m orchestrator status --address auto", Path(folder), job_id=job_id, metadata={})
+        command = "python -m orchestrator status --address auto"
+        run_job(client, command, Path(folder), address=address, job_id=job_id, metadata={})
     status = follow(client, job_id, address, stream)
     if status != "SUCCEEDED":
         raise SubmitError(f"the cluster at {address} could not say what runs there: job {job_id} {status.lower()}")

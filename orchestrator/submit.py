@@ -29,6 +29,8 @@ _PREFIX = "benchmatrix-"
 _OUT, _WHAT = "benchmatrix_out", "benchmatrix_submission"
 # How long the dashboard may be silent before following is given up.
 _SILENCE_S = 90.0
+# The job server of a head answers before its agent, which starts the jobs, is there; Ray waits for that for 10 s.
+_STARTING, _STARTING_S = "No available agent", 120.0
 
 
 class SubmitError(RuntimeError):
@@ -95,15 +97,28 @@ def job_client(address: str) -> Any:
         raise SubmitError(f"no Ray dashboard can be used at {address}: {_sentence(error)}") from error
 
 
-def run_job(client: Any, entrypoint: str, folder: Path, *, job_id: str, metadata: dict[str, str]) -> None:
-    """Submit `entrypoint` with `folder` as its working directory, on the head, needing no CPU of it."""
+def run_job(client: Any, entrypoint: str, folder: Path, *, address: str, job_id: str, metadata: dict[str, str]) -> None:
+    """Submit `entrypoint` with `folder` as its working directory, on the head, needing no CPU of it.
+
+    A head that is still starting is waited for, two minutes at most. Raises `SubmitError` where it takes no job, with
+    Ray's own exception as its cause.
+    """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"}
     if revision := git_revision():
         variables[REVISION_VARIABLE] = revision  # the copy that is shipped has no repository
-    client.submit_job(
-        entrypoint=entrypoint, submission_id=job_id, entrypoint_num_cpus=0, metadata=metadata,
-        runtime_env={"working_dir": str(folder), "env_vars": variables},
-    )  # fmt: skip
+    deadline = time.monotonic() + _STARTING_S
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=entrypoint, submission_id=job_id, entrypoint_num_cpus=0, metadata=metadata,
+                runtime_env={"working_dir": str(folder), "env_vars": variables},
+            )  # fmt: skip
+        except Exception as error:
+            if _STARTING not in str(error) or time.monotonic() > deadline:
+                raise SubmitError(f"{address} did not take the job: {_sentence(error)}") from error
+            time.sleep(1.0)
+        else:
+            return
 
 
 def follow(client: Any, job_id: str, address: str, stream: TextIO) -> str:
@@ -194,11 +209,11 @@ def _start(client: Any, submission: Submission) -> str:
         submission.staged.write(Path(folder))
         try:
             entrypoint = f"python -m orchestrator {shlex.join(arguments)}"
-            run_job(client, entrypoint, Path(folder), job_id=job_id, metadata=metadata)
-        except Exception as error:
-            if "already exists" in str(error) and (running := _running(client, submission)):
+            run_job(client, entrypoint, Path(folder), address=submission.address, job_id=job_id, metadata=metadata)
+        except SubmitError as error:
+            if "already exists" in str(error.__cause__) and (running := _running(client, submission)):
                 return running
-            raise SubmitError(f"{submission.address} did not take the job: {_sentence(error)}") from error
+            raise
     return job_id
 
 

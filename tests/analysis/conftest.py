@@ -12,12 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
 
 from tasks.cell import Cell, ModelSpec, Stack, Technique, WorkloadPoint
-
-settings.register_profile("seeded", deadline=None, derandomize=True)
-settings.load_profile("seeded")
 
 STACKS = ("baseline", "bf16", "bf16+sdpa-flash", "nf4")
 Row = dict[str, Any]

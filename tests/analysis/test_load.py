@@ -193,7 +193,7 @@ def test_ten_thousand_rows_load_quickly(build: SimpleNamespace, tmp_path: Path) 
     load(build.parts(tmp_path / "imports", build.sweep()))
     best = 9.0
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         assert len(load(tmp_path)) == 10_000
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.process_time() - began)
     assert best < 8  # catches quadratic growth

@@ -37,15 +37,15 @@ class TestCosts:
     def test_slow_check_costs_what_it_sleeps(self, bench: Any) -> None:
         class Sleepy(SyncCheck):
             def issued(self, column: int) -> bool:
-                time.sleep(0.005)
+                time.sleep(0.02)
                 return super().issued(column)
 
         job = bench.job(bench.cell("decode", "sync-check", stop="eos", **AXES))
         with bench.live(job) as session:
             session.step.check = Sleepy()
-            row = measure_costs(session, session.step)
+            row = measure_costs(session, session.step, budget_s=1e6)
         # one more look than there are steps: after the first token
-        assert row["stop_check_ms"] > 4.5
+        assert row["stop_check_ms"] > 15
 
     @pytest.mark.parametrize(("budget_s", "requests"), [(1e6, 3), (0.0, 1)])
     def test_on_a_cpu_only_what_fills_a_column_is_measured_and_shortly(
@@ -98,7 +98,7 @@ class TestCosts:
                 asked.append((type(step.check).__name__, step.check is own, step.steps))
 
             step.run, own = counted, step.check
-            row = measure_costs(session, step)
+            row = measure_costs(session, step, budget_s=1e6)
             assert (step.ledger.longest, step.steps_per_call, step.superfluous) == (54, 59, 6)
         assert {steps for _, _, steps in asked} == {32}
         assert [name for name, _, _ in asked[::3]] == ["NoCheck", "SyncCheck", "SyncCheck"] * 3

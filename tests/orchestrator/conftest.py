@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ class RayletCluster:
         from ray.cluster_utils import Cluster
 
         # the head carries no tag of its own that a test asks for, and no test kills it
-        self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments("cpu", 0))
+        self._cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=self._arguments("cpu", 0)))
         self.address: str = self._cluster.address
 
     def add(self, tag: str, accelerators: int = 1, **more: Any) -> Any:
-        return self._cluster.add_node(wait=False, **self._arguments(tag, accelerators), **more)
+        return patiently(lambda: self._cluster.add_node(wait=False, **self._arguments(tag, accelerators), **more))
 
     def kill(self, node: Any) -> None:
         """The node dies without a word: raylet first, its workers with it."""
@@ -60,6 +61,14 @@ class RayletCluster:
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
         }
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Its result, at the third attempt at the latest: Ray gives a raylet 30 s to start, its agents 15."""
+    for _ in range(2):
+        with suppress(Exception):
+            return start()
+    return start()
 
 
 @pytest.fixture(scope="module")

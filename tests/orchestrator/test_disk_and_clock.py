@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def fill(folder: Path, keep: int = 0) -> Path:
     """Take all the space there is but `keep` bytes."""
     filler = folder / "filler"
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    with filler.open("wb") as file:
+    with suppress(OSError), filler.open("wb", buffering=0) as file:  # somebody else may take some of it meanwhile
         file.write(b"\0" * max(free - keep, 0))
     return filler
 

@@ -373,6 +373,7 @@ class TestSeveralAtOnce:
         busy.dispatcher._heed(busy.slot, self.answer(busy.block[:1]))
         busy.dispatcher._assign()
         assert busy.sent[1] == busy.block[1:2] and not busy.slot.quick
+        busy.slot.since += 1.0
         busy.dispatcher._heed(busy.slot, self.answer(busy.block[1:2]))
         busy.dispatcher._assign()
         assert busy.sent[2] == busy.block[2:], "the last took no time"

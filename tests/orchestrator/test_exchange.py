@@ -174,13 +174,13 @@ def stores(tmp_path: Path, cluster: Any) -> Iterator[list[tuple[Any, Path]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_made_on_one_node_and_used_on_both(
     cluster: Any, stores: list[tuple[Any, Path]], command: Any, sweep_file: Any, tmp_path: Path, tools: Any
 ) -> None:
     judged = (SWEEP % QUICK).replace("quality: false", "quality: {tokens: 1024, choices: 10}")
     process = command("run", sweep_file(judged), "--out", tmp_path / "out", "--address", cluster.address, "--json")
-    stdout, stderr = process.communicate(timeout=220)
+    stdout, stderr = process.communicate(timeout=800)
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["outcomes"] == {"ok": 4}
     rows = [record["row"] for record in tools.journal(tmp_path / "out", "row")]
@@ -197,7 +197,7 @@ def test_made_on_one_node_and_used_on_both(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_maker_that_is_lost_leaves_it_to_who_waits(
     cluster: Any, stores: list[tuple[Any, Path]], command: Any, sweep_file: Any, tmp_path: Path, tools: Any
 ) -> None:

@@ -50,15 +50,15 @@ class TestDriver:
     ) -> None:
         out, sweep = tmp_path / "out", sweep_file(SWEEP % "local")
         first = command("run", sweep, "--out", out)
-        tools.wait_for(lambda: len(rows(out, tools)) == 3, 90, "the middle of the second block", first)
+        tools.wait_for(lambda: len(rows(out, tools)) >= 3, 300, "the middle of the second block", first)
         family = tools.descendants(first.pid)
         assert len(family) > 3
         first.kill()
         first.wait()
-        tools.wait_for(lambda: not [p for p in family if alive(p)], 30, "the end of every process of the killed driver")
+        tools.wait_for(lambda: not [p for p in family if alive(p)], 60, "the end of every process of the killed driver")
         kept = rows(out, tools)
         again = command("run", sweep, "--out", out, "--json")
-        stdout, stderr = again.communicate(timeout=120)
+        stdout, stderr = again.communicate(timeout=400)
         assert again.returncode == 0, stderr
         document = json.loads(stdout.splitlines()[-1])
         found = rows(out, tools)
@@ -75,18 +75,18 @@ class TestDriver:
     ) -> None:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "local"), "--out", out)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
+        tools.wait_for(lambda: measuring(out, tools), 300, "the first row", process)
         before = len(rows(out, tools))
         family = tools.descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=400)
         assert process.returncode == 130, stderr
         assert "finishing the running cells" in stderr
         found = rows(out, tools)
         assert before <= len(found) < 4
         assert all(row["outcome"] == "ok" for row in found), [row.get("reason") for row in found]
         assert len(list((out / "rows").glob("*.parquet"))) == 1
-        assert not [p for p in family if alive(p)]
+        tools.wait_for(lambda: not [p for p in family if alive(p)], 60, "the end of every process")
 
     @pytest.mark.slow
     def test_second_signal_stops_now(
@@ -94,14 +94,16 @@ class TestDriver:
     ) -> None:
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "local"), "--out", out)
-        tools.wait_for(lambda: tools.journal(out, "block"), 90, "the first block", process)
+        tools.wait_for(lambda: tools.journal(out, "block"), 300, "the first block", process)
         family = tools.descendants(process.pid)
-        for _ in range(2):
+        for _ in range(20):  # two are enough, but two that come before the first is looked at are one
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-        process.communicate(timeout=30)
+            time.sleep(0.5)
+            if process.poll() is not None:
+                break
+        process.communicate(timeout=120)
         assert process.returncode == 130
-        tools.wait_for(lambda: not [p for p in family if alive(p)], 30, "the end of every process")
+        tools.wait_for(lambda: not [p for p in family if alive(p)], 60, "the end of every process")
 
     def test_two_drivers_on_one_folder(
         self, command: Callable[..., Any], sweep_file: Callable[[str], Path], tmp_path: Path, tools: Any
@@ -110,7 +112,7 @@ class TestDriver:
 
         with Store.open(tmp_path / "out"):
             second = command("run", sweep_file(SWEEP % "local"), "--out", tmp_path / "out")
-            _, stderr = second.communicate(timeout=60)
+            _, stderr = second.communicate(timeout=120)
         assert second.returncode == 2
         assert "is being written by" in stderr
 
@@ -121,7 +123,7 @@ def test_two_drivers_on_one_cluster_measure_in_turn(
 ) -> None:
     sweep, outs = sweep_file(SWEEP % "cpu"), [tmp_path / "one", tmp_path / "two"]
     drivers = [command("run", sweep, "--address", cluster.address, "--out", out) for out in outs]
-    output = [driver.communicate(timeout=180) for driver in drivers]
+    output = [driver.communicate(timeout=400) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], output
     assert sum("another run measures on this CPU" in stderr for _, stderr in output) == 1, output
     spans = []
@@ -143,17 +145,17 @@ class TestCluster:
         cluster.add("a100")
         out = tmp_path / "out"
         process = command("run", sweep_file(SWEEP % "a100"), "--out", out, "--address", cluster.address)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
-        runner = tools.wait_for(lambda: runners(tools), 30, "a runner")[0]
+        tools.wait_for(lambda: measuring(out, tools), 300, "the first row", process)
+        runner = tools.wait_for(lambda: runners(tools), 60, "a runner")[0]
         below = tools.descendants(runner.pid)
         runner.kill()
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=400)
         assert process.returncode == 0, stderr
         assert_complete(out, tools, 4)
         faults = tools.journal(out, "fault")
         assert len(faults) == 1 and "the runner was lost" in faults[0]["reason"]
         assert [row["attempt"] for row in rows(out, tools)].count(2) == 1
-        assert not [p for p in below if alive(p)]
+        tools.wait_for(lambda: not [p for p in below if alive(p)], 60, "the end of what the runner had started")
 
     @pytest.mark.slow
     def test_node_is_lost_and_another_takes_over(
@@ -161,11 +163,13 @@ class TestCluster:
     ) -> None:
         doomed = cluster.add("rtx3090")
         out = tmp_path / "out"
-        process = command("run", sweep_file(SWEEP % "rtx3090"), "--out", out, "--address", cluster.address)
-        tools.wait_for(lambda: measuring(out, tools), 90, "the first row", process)
+        process = command(
+            "run", sweep_file(SWEEP % "rtx3090"), "--out", out, "--address", cluster.address, "--wait-nodes", "5m"
+        )
+        tools.wait_for(lambda: measuring(out, tools), 300, "the first row", process)
         cluster.kill(doomed)
         cluster.add("rtx3090")
-        _, stderr = process.communicate(timeout=150)
+        _, stderr = process.communicate(timeout=400)
         assert process.returncode == 0, stderr
         assert_complete(out, tools, 4)
         assert any("its node is gone" in record["reason"] for record in tools.journal(out, "fault"))
@@ -177,12 +181,12 @@ class TestCluster:
     ) -> None:
         out = tmp_path / "out"
         process = command(
-            "run", sweep_file(SWEEP % "rtx4060"), "--out", out, "--address", cluster.address, "--wait-nodes", "2m",
+            "run", sweep_file(SWEEP % "rtx4060"), "--out", out, "--address", cluster.address, "--wait-nodes", "5m",
             "--only", "sequence_length=16",
         )  # fmt: skip
-        tools.wait_for(lambda: (out / "plan.parquet").exists(), 60, "the plan", process)
+        tools.wait_for(lambda: (out / "plan.parquet").exists(), 300, "the plan", process)
         cluster.add("rtx4060")
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=400)
         assert process.returncode == 0, stderr
         assert "no device is tagged 'rtx4060'" in stderr
         assert_complete(out, tools, 2)
@@ -205,4 +209,4 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(1200)

@@ -188,7 +188,7 @@ def test_nothing_is_left_of_a_local_instance() -> None:
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short: Ray's sockets lie below it
         result = subprocess.run(
-            [sys.executable, "-c", code], text=True, capture_output=True, timeout=60, check=False,
+            [sys.executable, "-c", code], text=True, capture_output=True, timeout=240, check=False,
             cwd=Path(__file__).resolve().parents[2], env={**os.environ, "TMPDIR": folder},
         )  # fmt: skip
         assert result.returncode == 0 and result.stderr == ""

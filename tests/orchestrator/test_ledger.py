@@ -247,7 +247,7 @@ def test_ten_thousand_cells_ninety_percent_done_are_decided_in_three_seconds():
     blocks = remaining(planned, [])
     records = [item for block in blocks for item in execute(block)]
     records = records[: len(records) * 9 // 10]
-    started = time.perf_counter()
+    started = time.process_time()
     ledger = decide(planned, records, lambda _: KEY)
-    assert time.perf_counter() - started < 12  # catches quadratic growth
+    assert time.process_time() - started < 12  # catches quadratic growth
     assert 3000 <= ledger.remaining_runs < 3100

@@ -39,7 +39,7 @@ def slot(node: Node, device: Any, folder: Path) -> BenchSlot:
 def answer(slot: BenchSlot) -> dict[str, Any]:
     import ray
 
-    return dict(ray.get(slot.pending, timeout=30))
+    return dict(ray.get(slot.pending, timeout=120))
 
 
 def test_one_process_of_a_machine_has_a_name() -> None:
@@ -60,13 +60,17 @@ def test_two_drivers_do_not_measure_on_one_cpu(node: Node, tmp_path: Path) -> No
     second.start()
     assert answer(second) == {"taken": True}
     first.kill()
-    second.ask()
-    assert "pid" in answer(second)
+    deadline = time.monotonic() + 120
+    found = {"taken": True}
+    while found.get("taken") and time.monotonic() < deadline:  # a killed process ends a little later
+        second.ask()
+        found = answer(second)
+    assert "pid" in found
     second.kill()
 
 
 @pytest.mark.slow
-def test_an_accelerator_that_others_hold_is_queued_for(node: Node, tmp_path: Path) -> None:
+def test_an_accelerator_that_others_hold_is_queued_for(node: Node, tmp_path: Path, tools: Any) -> None:
     import ray
 
     others, ours = (slot(node, node.devices[0], tmp_path) for _ in range(2))
@@ -76,7 +80,7 @@ def test_an_accelerator_that_others_hold_is_queued_for(node: Node, tmp_path: Pat
     ours.start()
     ready, _ = ray.wait([ours.pending], timeout=3)
     assert not ready
-    assert ours.queued()
+    tools.wait_for(ours.queued, 60, "the word that it is queued for")
     others.kill()
     assert "pid" in answer(ours)
     assert not ours.queued()

@@ -113,9 +113,10 @@ def test_a_thread_watches_the_counter_while_real_time_passes() -> None:
         return 1.0
 
     found = reading(measure(chunk, gpu, window_s=0.5, tick_s=0.02))
-    assert found.mean_w == pytest.approx(300, rel=0.1)
-    assert found.elapsed_s >= 0.49
-    assert found.ticks and found.ticks >= 20
+    # how exact it is, tests on a manual clock say: this thread may be stopped for a tenth of a second
+    assert found.mean_w == pytest.approx(300, rel=0.5)
+    assert found.elapsed_s >= 0.4
+    assert found.ticks and found.ticks >= 8
 
 
 @pytest.mark.parametrize("tick_s", [0.01, 0.05])
@@ -127,8 +128,8 @@ def test_the_thread_learns_the_counters_own_tick(tick_s: float) -> None:
         return 1.0
 
     found = reading(measure(chunk, gpu, window_s=0.4, tick_s=0.02))
-    assert found.mean_w == pytest.approx(300, rel=0.1)
-    assert found.elapsed_s >= 0.98 * max(0.4, 18 * tick_s)
+    assert found.mean_w == pytest.approx(300, rel=0.5)
+    assert found.elapsed_s >= 0.75 * max(0.4, 18 * tick_s)
 
 
 def test_the_thread_ends_when_the_work_fails() -> None:

@@ -289,6 +289,7 @@ class TestMade:
         divergence = [float((exact.exp() * (exact - other)).sum(-1).mean()) for other in (rounded, calibrated)]
         assert divergence[1] < divergence[0]
 
+    @pytest.mark.timeout(1500)
     def test_whole_cells_make_it_once(self, bench: Any, supervisor: Any, method: str) -> None:
         """In processes of their own, with quality: the second finds what the first has made."""
         limits = {"timeout_s": 300.0, "artifact_timeout_s": 900.0, "quality": True, "quality_choices": 20}

@@ -245,6 +245,7 @@ class TestPretenders:
 
 
 @backends
+@pytest.mark.timeout(1500)
 class TestCell:
     def test_whole_cells_share_the_artifact(self, bench: Any, supervisor: Any) -> None:
         rows = []

@@ -108,14 +108,14 @@ def test_nothing_is_sent_while_something_is_measured(tmp_path: Path) -> None:
         with undisturbed(tmp_path / "."):  # accelerators of one node may be measured together
             sender = threading.Thread(target=send)
             sender.start()
-            begun.wait(5)
-            assert not sent.wait(0.3)
+            begun.wait(60)
+            assert not sent.wait(1.0)
             following = threading.Thread(target=measure_next)
             following.start()
             assert not sent.wait(0.3)
         assert order == []
-    sender.join(5)
-    following.join(5)
+    sender.join(60)
+    following.join(60)
     assert order == ["sent", "measured next"], "whoever waits to send is not starved by those that measure"
 
 

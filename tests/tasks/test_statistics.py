@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.statistics import (
@@ -23,9 +23,6 @@ from tasks.statistics import (
     t_interval,
     tail_counts,
 )
-
-settings.register_profile("seeded", deadline=None, derandomize=True)
-settings.load_profile("seeded")
 
 times = st.floats(min_value=1e-3, max_value=1e6)
 samples = st.lists(times, min_size=1, max_size=200)
