@@ -22,6 +22,9 @@ LEGEND_HOST = (
     "it was measured beside them, and this is the ratio without it. Verdicts are of the ratio as it was."
 )
 HOST_NOTE = "at one host clock"
+POINT = "workload_shown"  # `workload_point` as headings show it
+# what a training step counts says which of its axes its model does not have
+AXES_OF_OTHERS = {"token": ("image_size",), "image": ("sequence_length",), "sample": ("image_size", "sequence_length")}
 CALL = "call_ms"  # the compared time of one call, see `with_compared_time`
 NUMBERS = (
     "model_bytes", "latency_ms_p50", "latency_ms_p50_lo", "latency_ms_p50_hi", "latency_ms_p95", "throughput_per_s",
@@ -75,6 +78,7 @@ def compared(
         table["throughput_unit"] = pd.Series(pd.NA, index=table.index, dtype="string")
     table["is_baseline"] = (table["cell_id"] == table["baseline_id"]).fillna(False).astype(bool)
     table["hardware"] = _hardware(table)
+    table[POINT] = _points(table)
     # In the plan's order, or that in which models, workload points and hardware first appear; short stacks first.
     table["_techniques"] = [str(stack).count("+") for stack in table["optimization"]]
     table["_planned"] = numbers(table, "plan_order")
@@ -84,6 +88,30 @@ def compared(
     table["_other"] = ~table["is_baseline"]
     order = ["_model", "_workload_point", "_hardware", "_other", "_planned", "_techniques"]
     return table.sort_values(order, kind="stable").drop(columns=order).reset_index(drop=True)
+
+
+def _points(table: pd.DataFrame) -> list[str]:
+    """`workload_point`, of a training step without the axes of other kinds of model.
+
+    A run that counted nothing, since it failed, is of the kind that others of its model and point are.
+    """
+    places = list(zip(table["model"].astype(str), table["workload_point"].astype(str), strict=True))
+    counted = {
+        place: unit for place, unit in zip(places, table["throughput_unit"], strict=True) if unit in AXES_OF_OTHERS
+    }
+    return [
+        without_axes(point, *AXES_OF_OTHERS[counted[model, point]])
+        if point.startswith("train_step[") and (model, point) in counted
+        else point
+        for model, point in places
+    ]
+
+
+def without_axes(point: str, *axes: str) -> str:
+    """The text of a workload point without these of its parameters."""
+    kind, _, parameters = point.removesuffix("]").partition("[")
+    kept = [text for text in parameters.split(",") if text.partition("=")[0] not in axes]
+    return f"{kind}[{','.join(kept)}]"
 
 
 def _memory(table: pd.DataFrame) -> pd.Series[Any]:

@@ -7,10 +7,9 @@ the figure, and how far the lengths lie off the line says how much it is worth.
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
-from analysis.compared import CALL, compared, present, with_compared_time
+from analysis.compared import CALL, compared, present, with_compared_time, without_axes
 from analysis.errors import AnalysisError
 from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
@@ -64,7 +63,7 @@ def growth(frame: pd.DataFrame) -> pd.DataFrame:
     table = compared(rows, COMPARED, None, 0.0)
     table = table[(table["workload"] == "decode").fillna(False).astype(bool)].copy()
     table["tokens"], table["batch"] = numbers(table, "sequence_length"), numbers(table, "batch_size")
-    table["workload_point"] = [_without_length(str(point)) for point in table["workload_point"]]
+    table["workload_point"] = [without_axes(str(point), "prompt_tokens") for point in table["workload_point"]]
     by_round = _by_round(rows)
     groups = table.groupby([*SECTION, "optimization"], sort=False, dropna=False)
     return pd.DataFrame([_line(records(part), by_round) for _, part in groups], columns=_COLUMNS)
@@ -105,12 +104,6 @@ _COLUMNS = [
     "kv_bytes_per_token", "memory_bytes_per_token", *_MS, "call_ms_shortest", "call_ms_longest", "off_line", "notes",
     "result_dir",
 ]  # fmt: skip
-
-
-def _without_length(point: str) -> str:
-    kind, _, parameters = point.rstrip("]").partition("[")
-    kept = [part for part in parameters.split(",") if not re.match(r"prompt_tokens=", part)]
-    return f"{kind}[{','.join(kept)}]"
 
 
 def _by_round(rows: pd.DataFrame) -> dict[tuple[str, str], dict[int, float]]:

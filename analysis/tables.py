@@ -6,7 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from analysis.break_even import with_break_even
-from analysis.compared import NUMBERS, compared, decodes, interval, legend_host, notes, present, with_compared_time
+from analysis.compared import (
+    NUMBERS,
+    POINT,
+    compared,
+    decodes,
+    interval,
+    legend_host,
+    notes,
+    present,
+    with_compared_time,
+)
 from analysis.fits import LEGEND as LEGEND_FITS
 from analysis.fits import fits
 from analysis.frames import numbers, records
@@ -68,7 +78,7 @@ def comparison_table(
     table["fits"], table["loss_apart"] = fits(table), _loss_apart(table)
     table["notes"] = [notes(row) + _remarks(row) for row in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
+        "model", "workload_point", POINT, "hardware", "optimization", "outcome", "rounds_ok", "memory_bytes", "fits",
         *NUMBERS, "ceiling_share", "loss_apart", "throughput_unit", *inverse, *_COMPARED, "cold_compile_s",
         "break_even_calls", "is_baseline", "simulated", "plan_order", "notes", *KEY,
     ]  # fmt: skip
@@ -78,7 +88,7 @@ def comparison_table(
         title="Comparison",
         frame=table,
         fields=fields,
-        sections=("model", "workload_point", "hardware"),
+        sections=("model", POINT, "hardware"),
         notes="notes",
         footnotes=(*((LEGEND_DECODE,) if any_decodes else ()), *legend_host(table["notes"])),
     )

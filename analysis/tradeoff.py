@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from analysis.compared import compared, legend_host, notes, present
+from analysis.compared import POINT, compared, legend_host, notes, present
 from analysis.frames import records
 from analysis.table import Field, Table
 
@@ -28,7 +28,7 @@ def tradeoff_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0
     import pandas as pd
 
     table = compared(frame, "throughput_per_s", None, floor)
-    lines = ["model", "workload_point", "optimization"]
+    lines = ["model", "workload_point", POINT, "optimization"]
     quality = next(((name, header) for name, header in QUALITY if name in table and table[name].notna().any()), None)
     wide = table[lines].drop_duplicates().reset_index(drop=True)
     fields = [Field(header="optimization", form="text", sources=("optimization",))]
@@ -62,7 +62,7 @@ def tradeoff_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0
         title="Trade-off across hardware",
         frame=wide,
         fields=present(wide, fields),
-        sections=("model", "workload_point"),
+        sections=("model", POINT),
         notes="notes",
         footnotes=(LEGEND_MARKS, *legend_host(remarks.values())),
     )

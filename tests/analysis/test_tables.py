@@ -148,6 +148,29 @@ def test_training_shows_skipped_steps_and_losses_that_are_apart(build: SimpleNam
     assert not any("loss_apart" in note for notes in alone.frame["notes"] for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("unit", "shown"),
+    [
+        ("token", "train_step[batch_size=8,sequence_length=512]"),
+        ("image", "train_step[batch_size=8,image_size=224]"),
+        ("sample", "train_step[batch_size=8]"),
+        (None, "train_step[batch_size=8,image_size=224,sequence_length=512]"),
+    ],
+)
+def test_headings_leave_out_the_axes_of_other_kinds_of_model(
+    build: SimpleNamespace, loaded: Loaded, unit: str | None, shown: str
+) -> None:
+    """The one that failed and counted nothing stands under the heading of the others."""
+    point = "train_step[batch_size=8,image_size=224,sequence_length=512]"
+    rows = [*build.sweep(stacks=("baseline", "bf16")), build.row(build.cell("nf4"), 0, outcome="oom")]
+    changes: dict[str, Any] = {"workload": "train_step", "workload_point": point}
+    rows = [row | changes | ({} if row["outcome"] == "oom" else {"throughput_unit": unit}) for row in rows]
+    for table in (comparison_table(loaded(rows)), tradeoff_table(loaded(rows, "again"))):
+        assert set(table.frame["workload_point"]) == {point}
+        assert set(table.frame["workload_shown"]) == {shown}
+        assert [line.split(" | ")[1] for line in render(table).splitlines() if "train_step" in line] == [shown]
+
+
 LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step, having skipped 2 steps"
 
 
