@@ -15,6 +15,7 @@ from orchestrator.forecast import run_seconds
 from orchestrator.placement import Placed, devices_of, place
 from orchestrator.sweep import LOCAL, Sweep, load_sweep, parse_only
 from orchestrator.sweep_quality import without_harness
+from tasks.artifacts import makers
 from tasks.device import HEAD_TAG, DeviceInfo, tag_matches
 from tasks.probe import NodeReport, installed_packages, probe
 
@@ -134,8 +135,17 @@ def print_plan(planning: Planning) -> None:
     decisions = Counter(item.decision.value for item in planning.placed)
     counts = ", ".join(f"{number} {name}" for name, number in decisions.items())
     print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
-    for message in [*planning.messages, *without_harness(planning.sweep.quality, devices_of(planning.placed))]:
+    lacking = without_harness(planning.sweep.quality, devices_of(planning.placed))
+    for message in [*_made_before(planning.placed), *planning.messages, *lacking]:
         print(message)
+
+
+def _made_before(placed: Iterable[Placed]) -> list[str]:
+    """A sentence about what the forecast does not know."""
+    names = {name for item in placed if item.to_run for name in makers(item.planned.cell.stack)}
+    if not names:
+        return []
+    return [f"not counted: what {', '.join(sorted(names))} make before, once for each model and its settings, and keep"]
 
 
 def _least_memory(item: Placed) -> str:

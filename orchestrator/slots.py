@@ -190,8 +190,8 @@ def limit_s(job: CellJob, *, shared: bool = False) -> float:
 
     With other nodes (`shared`) it may wait in vain, and as long, for what another makes.
     """
-    making_s = job.artifact_timeout_s * makers(job) + reference_s(job)
-    building_s = job.artifact_timeout_s * builders(job)
+    making_s = job.artifact_timeout_s * len(makers(job.cell.stack)) + reference_s(job)
+    building_s = job.artifact_timeout_s * len(builders(job.cell.stack))
     return job.timeout_s + building_s + making_s * (2 if shared else 1) + max(DISTURBED_S, job.timeout_s)
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.cell import Technique, digest
+from tasks.cell import Stack, Technique, digest
 from tasks.environment import version
 from tasks.manifest import MANIFEST, ArtifactError, Manifest, plain_files, sha256_of
 from tasks.models.identity import job_checkpoint
@@ -198,16 +198,15 @@ def make_wanted(session: Session, maker: str) -> tuple[Artifact, bool]:
     raise ArtifactError(f"no technique {maker!r} with an artifact in {session.job.cell.stack}")
 
 
-def makers(job: CellJob) -> int:
-    """How many techniques of the stack may want an artifact: for time limits, where the model is not at hand."""
-    known = (type(optimizations()[name]) for name in job.cell.stack.names())
-    return sum(cls.artifact is not Optimization.artifact for cls in known)
+def makers(stack: Stack) -> list[str]:
+    """Names of its techniques that may want an artifact: for forecasts and limits, where the model is not at hand."""
+    return [name for name in stack.names() if type(optimizations()[name]).artifact is not Optimization.artifact]
 
 
-def builders(job: CellJob) -> int:
-    """How many techniques of the stack may have something compiled before it runs: for time limits."""
-    known = (type(optimizations()[name]) for name in job.cell.stack.names())
-    return sum(cls.kernels_to_build is not Optimization.kernels_to_build for cls in known)
+def builders(stack: Stack) -> list[str]:
+    """Names of its techniques that may have something compiled before they run."""
+    ours = Optimization.kernels_to_build
+    return [name for name in stack.names() if type(optimizations()[name]).kernels_to_build is not ours]
 
 
 def _take(item: Wanted, session: Session) -> None:

@@ -204,7 +204,7 @@ def _with_wall(data: dict[str, Any], done: Completed, built_s: float | Missing) 
 
 def _with_checkpoint(job: CellJob) -> CellJob:
     """The job with the hash of its model, where artifacts are named by it: read once here, not in every process."""
-    if job.checkpoint or not (job.quality or makers(job)) or not _has_model(job):
+    if job.checkpoint or not (job.quality or makers(job.cell.stack)) or not _has_model(job):
         return job
     return replace(job, checkpoint=checkpoint_hash(job.cell.model, job.search_path))
 

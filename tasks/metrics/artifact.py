@@ -28,7 +28,8 @@ class ArtifactCost(Metric):
     def collect(self, session: Session) -> dict[str, Any]:
         found = [artifact.manifest for artifact in session.artifacts.values()]
         if not found:
-            reason = "it was not reached" if makers(session.job) else "nothing in the stack is made beforehand"
+            wanted = makers(session.job.cell.stack)
+            reason = "it was not reached" if wanted else "nothing in the stack is made beforehand"
             return {column.name: Missing(reason=reason) for column in self.columns}
         return {
             "artifact_key": "+".join(manifest.key for manifest in found),

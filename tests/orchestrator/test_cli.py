@@ -77,6 +77,12 @@ class TestPlan:
         both = benchmatrix("plan", sweep, "--cluster", "cluster.yaml", "--address", "127.0.0.1:1")
         assert both.returncode == 2 and "not both" in both.stderr
 
+    def test_says_what_the_forecast_leaves_out(self, sweep: Path) -> None:
+        made = "optimizations=[baseline, prune, prune:ratio=0.5, distill, sdpa-cudnn]"
+        result = benchmatrix("plan", sweep, "--set", made, "--set", "hardware=[cpu]")
+        assert "\nnot counted: what distill, prune make before, once for each model and its settings" in result.stdout
+        assert "not counted" not in benchmatrix("plan", sweep).stdout
+
     def test_for_people(self, sweep: Path) -> None:
         result = benchmatrix("plan", sweep, "--only", "optimization=bf16", "--set", "hardware=[cpu]")
         assert "prefill[batch_size=1,sequence_length=16]" in result.stdout
