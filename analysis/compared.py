@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import column, numbers
@@ -91,20 +92,17 @@ def compared(
 
 
 def _points(table: pd.DataFrame) -> list[str]:
-    """`workload_point`, of a training step without the axes of other kinds of model.
-
-    A run that counted nothing, since it failed, is of the kind that others of its model and point are.
-    """
+    """`workload_point`, of a training step without the axes of other kinds of model, where points stay told apart."""
     places = list(zip(table["model"].astype(str), table["workload_point"].astype(str), strict=True))
-    counted = {
-        place: unit for place, unit in zip(places, table["throughput_unit"], strict=True) if unit in AXES_OF_OTHERS
+    trained = [point.startswith("train_step[") for _, point in places]
+    counts = zip(places, trained, table["throughput_unit"], strict=True)
+    unit_of = {model: unit for (model, _), yes, unit in counts if yes and unit in AXES_OF_OTHERS}
+    shown = {
+        (model, point): without_axes(point, *AXES_OF_OTHERS[unit_of[model]]) if yes and model in unit_of else point
+        for (model, point), yes in zip(places, trained, strict=True)
     }
-    return [
-        without_axes(point, *AXES_OF_OTHERS[counted[model, point]])
-        if point.startswith("train_step[") and (model, point) in counted
-        else point
-        for model, point in places
-    ]
+    told = Counter((model, text) for (model, _), text in shown.items())
+    return [shown[place] if told[place[0], shown[place]] == 1 else place[1] for place in places]
 
 
 def without_axes(point: str, *axes: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from analysis.compared import compared, decodes, interval, present, with_compared_time
+from analysis.compared import POINT, compared, decodes, interval, present, with_compared_time
 from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
 from analysis.pair import KEY
@@ -88,7 +88,7 @@ def ladder_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) 
     table = ladder(frame, floor)
     table["notes"] = [_notes(line) for line in records(table)]
     order = [
-        "model", "workload_point", "hardware", "optimization", "outcome", "rounds_ok", "before", "call_ms",
+        "model", "workload_point", POINT, "hardware", "optimization", "outcome", "rounds_ok", "before", "call_ms",
         *interval("ratio"), *interval("speedup"), "memory_bytes", "memory_change", "peak_reserved_bytes",
         "reserved_change", "inversion", "why", "reason", "is_first", "notes", *KEY,
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def ladder_table(frame: pd.DataFrame, floor: float | Mapping[str, float] = 0.0) 
         title="Ladder",
         frame=table,
         fields=present(table, fields),
-        sections=("model", "workload_point", "hardware"),
+        sections=("model", POINT, "hardware"),
         notes="notes",
         footnotes=(_summary(table), LEGEND, *((LEGEND_STEP,) if any_decodes else ()), LEGEND_WHY),
     )

@@ -79,7 +79,7 @@ def _through_a_job(address: str, stream: TextIO) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmatrix-status-") as folder:
         write_packages(Path(folder))
         command = "python -m orchestrator status --address auto"
-        run_job(client, command, Path(folder), address=address, job_id=job_id, metadata={})
+        run_job(client, command, Path(folder), stream, address=address, job_id=job_id, metadata={})
     status = follow(client, job_id, address, stream)
     if status != "SUCCEEDED":
         raise SubmitError(f"the cluster at {address} could not say what runs there: job {job_id} {status.lower()}")

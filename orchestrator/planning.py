@@ -64,6 +64,7 @@ class Planning:
                 for item in self.placed
             ],
             "estimated_s": round(self.estimated_s, 1),
+            "not_counted": made_before(self.placed),
         }
 
 
@@ -136,16 +137,17 @@ def print_plan(planning: Planning) -> None:
     counts = ", ".join(f"{number} {name}" for name, number in decisions.items())
     print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
     lacking = without_harness(planning.sweep.quality, devices_of(planning.placed))
-    for message in [*_made_before(planning.placed), *planning.messages, *lacking]:
+    if made := made_before(planning.placed):
+        print(
+            f"not counted: making what {', '.join(made)} need, unless it is stored: once for a model and its settings"
+        )
+    for message in [*planning.messages, *lacking]:
         print(message)
 
 
-def _made_before(placed: Iterable[Placed]) -> list[str]:
-    """A sentence about what the forecast does not know."""
-    names = {name for item in placed if item.to_run for name in makers(item.planned.cell.stack)}
-    if not names:
-        return []
-    return [f"not counted: what {', '.join(sorted(names))} make before, once for each model and its settings, and keep"]
+def made_before(placed: Iterable[Placed]) -> list[str]:
+    """Names of the techniques that have something made once before their cells run, which no forecast knows."""
+    return sorted({name for item in placed if item.to_run for name in makers(item.planned.cell.stack)})
 
 
 def _least_memory(item: Placed) -> str:

@@ -63,7 +63,7 @@ def submit(submission: Submission, stream: TextIO) -> int:
     if job_id is not None:
         print(f"job {job_id} does this already: following it", file=stream)
     else:
-        job_id = _start(client, submission)
+        job_id = _start(client, submission, stream)
     print(f"job {job_id} on {submission.address}; Ctrl-C detaches, the job goes on", file=stream, flush=True)
     try:
         status = follow(client, job_id, submission.address, stream)
@@ -97,16 +97,18 @@ def job_client(address: str) -> Any:
         raise SubmitError(f"no Ray dashboard can be used at {address}: {_sentence(error)}") from error
 
 
-def run_job(client: Any, entrypoint: str, folder: Path, *, address: str, job_id: str, metadata: dict[str, str]) -> None:
+def run_job(
+    client: Any, entrypoint: str, folder: Path, stream: TextIO, *, address: str, job_id: str, metadata: dict[str, str]
+) -> None:
     """Submit `entrypoint` with `folder` as its working directory, on the head, needing no CPU of it.
 
-    A head that is still starting is waited for, two minutes at most. Raises `SubmitError` where it takes no job, with
-    Ray's own exception as its cause.
+    A head that is still starting is waited for, two minutes at most, which `stream` is told. Raises `SubmitError` where
+    it takes no job, with Ray's own exception as its cause.
     """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"}
     if revision := git_revision():
         variables[REVISION_VARIABLE] = revision  # the copy that is shipped has no repository
-    deadline = time.monotonic() + _STARTING_S
+    deadline, told = time.monotonic() + _STARTING_S, False
     while True:
         try:
             client.submit_job(
@@ -116,6 +118,9 @@ def run_job(client: Any, entrypoint: str, folder: Path, *, address: str, job_id:
         except Exception as error:
             if _STARTING not in str(error) or time.monotonic() > deadline:
                 raise SubmitError(f"{address} did not take the job: {_sentence(error)}") from error
+            if not told:
+                print(f"{address} cannot start jobs yet: waiting for it, two minutes at most", file=stream, flush=True)
+            told = True
             time.sleep(1.0)
         else:
             return
@@ -198,7 +203,7 @@ def _jobs(client: Any, out: str) -> list[Any]:
     return [job for job in client.list_jobs() if (job.metadata or {}).get(_OUT) == out]
 
 
-def _start(client: Any, submission: Submission) -> str:
+def _start(client: Any, submission: Submission, stream: TextIO) -> str:
     """Ids count up per result folder, and Ray takes each once: of two submits at the same moment one starts a job."""
     prefix = f"{_PREFIX}{digest(submission.out)[:8]}-"
     numbers = [re.fullmatch(rf"{prefix}(\d+)", job.submission_id or "") for job in client.list_jobs()]
@@ -209,7 +214,8 @@ def _start(client: Any, submission: Submission) -> str:
         submission.staged.write(Path(folder))
         try:
             entrypoint = f"python -m orchestrator {shlex.join(arguments)}"
-            run_job(client, entrypoint, Path(folder), address=submission.address, job_id=job_id, metadata=metadata)
+            address = submission.address
+            run_job(client, entrypoint, Path(folder), stream, address=address, job_id=job_id, metadata=metadata)
         except SubmitError as error:
             if "already exists" in str(error.__cause__) and (running := _running(client, submission)):
                 return running

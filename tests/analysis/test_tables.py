@@ -160,7 +160,7 @@ def test_training_shows_skipped_steps_and_losses_that_are_apart(build: SimpleNam
 def test_headings_leave_out_the_axes_of_other_kinds_of_model(
     build: SimpleNamespace, loaded: Loaded, unit: str | None, shown: str
 ) -> None:
-    """The one that failed and counted nothing stands under the heading of the others."""
+    """What failed and counted nothing has the heading that others of its model have."""
     point = "train_step[batch_size=8,image_size=224,sequence_length=512]"
     rows = [*build.sweep(stacks=("baseline", "bf16")), build.row(build.cell("nf4"), 0, outcome="oom")]
     changes: dict[str, Any] = {"workload": "train_step", "workload_point": point}
@@ -169,6 +169,27 @@ def test_headings_leave_out_the_axes_of_other_kinds_of_model(
         assert set(table.frame["workload_point"]) == {point}
         assert set(table.frame["workload_shown"]) == {shown}
         assert [line.split(" | ")[1] for line in render(table).splitlines() if "train_step" in line] == [shown]
+
+
+def test_headings_tell_points_apart(build: SimpleNamespace, loaded: Loaded) -> None:
+    """A list of lengths beside a model of images plans its step twice; what failed whole is shortened as well."""
+
+    def step(batch: int, length: int, **more: Any) -> list[dict[str, Any]]:
+        point = f"train_step[batch_size={batch},image_size=224,sequence_length={length}]"
+        more = {"workload": "train_step", "workload_point": point, "throughput_unit": "image"} | more
+        cells = [build.cell(stack, batch=batch * 10_000 + length) for stack in ("baseline", "bf16")]
+        return [build.row(cell, round_) | more for cell in cells for round_ in range(3)]
+
+    failed: dict[str, Any] = {"outcome": "oom", "reason": "full", "throughput_unit": None}
+    rows = [*step(8, 512), *step(8, 1024), *step(16, 512), *step(64, 512, **failed)]
+    for table in (comparison_table(loaded(rows)), tradeoff_table(loaded(rows, "again"))):
+        headings = [line.split(" | ")[1] for line in render(table).splitlines() if "train_step" in line]
+        assert headings == [
+            "train_step[batch_size=8,image_size=224,sequence_length=512]",
+            "train_step[batch_size=8,image_size=224,sequence_length=1024]",
+            "train_step[batch_size=16,image_size=224]",
+            "train_step[batch_size=64,image_size=224]",
+        ]
 
 
 LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step, having skipped 2 steps"

@@ -64,10 +64,19 @@ class RayletCluster:
 
 
 def patiently(start: Callable[[], Any]) -> Any:
-    """Its result, at the third attempt at the latest: Ray gives a raylet 30 s to start, its agents 15."""
+    """Its result, at the third attempt at the latest: Ray gives a raylet 30 s to start, its agents 15.
+
+    Ray leaves the processes of an attempt that failed; they are ended, lest they join the cluster later.
+    """
     for _ in range(2):
-        with suppress(Exception):
+        before = descendants(os.getpid())
+        try:
             return start()
+        except Exception as error:
+            print(f"a raylet did not start: {error}", file=sys.stderr)
+            for process in set(descendants(os.getpid())) - set(before):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
     return start()
 
 

@@ -103,6 +103,7 @@ class TestDriver:
                 break
         process.communicate(timeout=120)
         assert process.returncode == 130
+        assert not tools.journal(out, "end"), "it did not wait for the running cell"
         tools.wait_for(lambda: not [p for p in family if alive(p)], 60, "the end of every process")
 
     def test_two_drivers_on_one_folder(

@@ -293,29 +293,6 @@ def exported(head: Any, name: str, **labels: str) -> float:
     raise AssertionError([line for line in get(head.metrics).splitlines() if "benchmatrix" in line])
 
 
-class Starting:
-    """A job server whose agent is not there yet, as Ray's client tells it."""
-
-    def __init__(self, text: str, times: int) -> None:
-        self.text, self.times = text, times
-
-    def submit_job(self, **_: Any) -> None:
-        self.times -= 1
-        if self.times >= 0:
-            raise RuntimeError(f"Request failed with status code 500: {self.text}")
-
-
-def test_a_head_that_is_still_starting_is_waited_for(tmp_path: Path) -> None:
-    from orchestrator.submit import SubmitError, run_job
-
-    what = {"entrypoint": "true", "folder": tmp_path, "address": "http://there:8265", "job_id": "one", "metadata": {}}
-    starting = Starting("No available agent to submit job, please try again later.", 2)
-    run_job(starting, **what)
-    assert starting.times == -1
-    with pytest.raises(SubmitError, match=r"http://there:8265 did not take the job: RuntimeError: .* 500: disk full"):
-        run_job(Starting("disk full", 1), **what)
-
-
 def stop(head: Any, job_id: str) -> None:
     request = urllib.request.Request(
         f"{head.url}/api/jobs/{job_id}/stop", method="POST", headers={"Authorization": f"Bearer {head.token}"}

@@ -190,7 +190,9 @@ class TestServer:
             assert done.result is not None
             assert done.result["number"] == number
             times.append(done.wall_s)
-        assert min(times) < 2, "an interpreter that imports torch takes longer"
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        assert min(times) < (time.perf_counter() - began) / 2
 
     def test_every_cell_has_its_own_process(self, supervisor: Supervisor) -> None:
         results = [supervisor._isolation.run("nothing", {}, timeout_s=30).result for _ in range(3)]
