@@ -138,9 +138,7 @@ def print_plan(planning: Planning) -> None:
     print(f"{len(planning.placed)} cells ({counts}), {planning.runs} runs, about {duration(planning.estimated_s)}")
     lacking = without_harness(planning.sweep.quality, devices_of(planning.placed))
     if made := made_before(planning.placed):
-        print(
-            f"not counted: making what {', '.join(made)} need, unless it is stored: once for a model and its settings"
-        )
+        print(f"not counted: making what {', '.join(made)} need, once, unless it is stored already")
     for message in [*planning.messages, *lacking]:
         print(message)
 
