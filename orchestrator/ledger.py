@@ -68,6 +68,8 @@ class Ledger:
 
     Attributes:
         done: cell_id -> its runs that are reused, oldest first.
+        standing: of those, the runs that say what became of the cell: where as many rounds as planned are `ok`, what
+            went wrong besides was measured again and says nothing.
         failed: of those, the runs that ended in error, crashed, timeout or invalid, and recorded unplaced ones.
         stale: recorded runs whose result key is not the expected one; kept in the results, never reused.
         repeated: rows that are measured again: unplaced or otherwise decided without a run (they have no block), asked
@@ -76,6 +78,7 @@ class Ledger:
     """
 
     done: Mapping[str, tuple[Done, ...]]
+    standing: Mapping[str, tuple[Done, ...]]
     failed: tuple[Done, ...]
     stale: tuple[Done, ...]
     repeated: tuple[Done, ...]
@@ -91,8 +94,8 @@ class Ledger:
 
     @property
     def outcomes(self) -> Counter[str]:
-        """Outcome -> number of reused runs."""
-        return Counter(run.outcome for runs in self.done.values() for run in runs)
+        """Outcome -> number of standing runs."""
+        return Counter(run.outcome for runs in self.standing.values() for run in runs)
 
     @property
     def judged(self) -> set[str]:
@@ -159,6 +162,7 @@ def decide(
     runs, next_round = _recorded(records, {cell_id: name for name, group in groups.items() for cell_id in group})
 
     done: dict[str, tuple[Done, ...]] = {}
+    standing: dict[str, tuple[Done, ...]] = {}
     stale: list[Done] = []
     repeated: list[Done] = []
     blocks: dict[str, tuple[Block, ...]] = {}
@@ -183,10 +187,20 @@ def decide(
                     repeated += [run for run in found if run.block_id not in baseline_blocks]
                     usable[cell_id] = [run for run in found if run.block_id in baseline_blocks]
         done.update((cell_id, tuple(found)) for cell_id, found in usable.items() if found)
+        standing.update(
+            (cell_id, _standing(found, group[cell_id].rounds)) for cell_id, found in usable.items() if found
+        )
         if planned_blocks := _blocks(group_id, group, usable, baseline_id, next_round.get(group_id, 0), seed):
             blocks[group_id] = planned_blocks
     failed = tuple(run for found in (*done.values(), repeated) for run in found if run.outcome in FAILED)
-    return Ledger(done=done, failed=failed, stale=tuple(stale), repeated=tuple(repeated), blocks=blocks)
+    return Ledger(
+        done=done, standing=standing, failed=failed, stale=tuple(stale), repeated=tuple(repeated), blocks=blocks
+    )
+
+
+def _standing(runs: Sequence[Done], rounds: int) -> tuple[Done, ...]:
+    good = tuple(run for run in runs if run.outcome == Outcome.OK)
+    return good if len(good) >= rounds else tuple(runs)
 
 
 def _recorded(

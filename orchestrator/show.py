@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.durable import StoreError
 from orchestrator.journal import GIVEN_UP, read_journal
 from orchestrator.progress import duration
+from tasks.row import Outcome
 from tasks.uri import JOURNAL, RemoteFolder, is_uri, journal_segments, local_folder
 
 if TYPE_CHECKING:
@@ -198,18 +199,22 @@ def _print_coverage(directory: str | Path, frame: pd.DataFrame, where: str) -> N
 
 
 def _seconds_left(directory: str, frame: pd.DataFrame) -> dict[str, float]:
-    """Hardware tag -> missing runs times the mean wall time of its runs so far."""
+    """Hardware tag -> missing runs times the mean wall time of its runs so far.
+
+    A run that found its cell unsupported stands for all its rounds.
+    """
     from analysis.load import load_plan
 
     plan = load_plan(directory)
     if plan is None:
         return {}
     rounds = {str(cell_id): int(number) for cell_id, number in frame.groupby("cell_id")["round"].nunique().items()}
+    settled = set(frame.loc[frame["outcome"] == Outcome.UNSUPPORTED, "cell_id"])
     missing: dict[str, int] = defaultdict(int)
     for cell_id, tag, wanted, decision in zip(
         plan["cell_id"], plan["hardware"], plan["rounds"], plan["decision"], strict=True
     ):
-        if decision in ("run", "does_not_fit"):
+        if decision in ("run", "does_not_fit") and cell_id not in settled:
             missing[tag] += max(int(wanted) - rounds.get(cell_id, 0), 0)
     times = {
         tag: mean(values)

@@ -137,11 +137,20 @@ class Store:
         write_atomically(self.directory / "plan.parquet", to_parquet(plan_table(planned)))
 
     def write_sweep(self, text: str) -> None:
-        """Write `DIR/sweep.yaml`; an earlier, different one stays as `sweep-1.yaml`, `sweep-2.yaml` and so on."""
+        """Write `DIR/sweep.yaml`; an earlier, different one stays as `sweep-1.yaml`, `sweep-2.yaml` and so on.
+
+        Where that one has another name, `repairs` says what becomes of its rows.
+        """
         path = self.directory / "sweep.yaml"
         if path.exists():
-            if path.read_text(encoding="utf-8") == text:
+            earlier = path.read_text(encoding="utf-8")
+            if earlier == text:
                 return
+            if (name := _sweep_name(earlier)) != _sweep_name(text):
+                self.repairs.append(
+                    f"{self.directory} holds the sweep {name} as well: its rows are kept, and shown again when that "
+                    f"sweep is run there. Another --out keeps them apart."
+                )
             number = 1
             while (kept := self.directory / f"sweep-{number}.yaml").exists():
                 number += 1
@@ -232,6 +241,15 @@ class Store:
         self, type_: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(compact=type_ is None)
+
+
+def _sweep_name(text: str) -> str:
+    import yaml
+
+    try:
+        return str(yaml.safe_load(text)["name"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return "of an unknown name"
 
 
 def _entry(record: Record) -> Entry | None:

@@ -238,9 +238,9 @@ class SweepWork:
         return [plan_row(self._settings.sweep.name, item, self._keys.one(item, self._machines)) for item in items]
 
     def outcomes(self) -> Counter[str]:
-        """One outcome for each planned cell that has its rows: `ok` only if all its counted runs are."""
+        """One outcome for each planned cell that has its rows: `ok` if all its runs are, or as many as its rounds."""
         planned = [item for group in self._groups.values() for item in group.planned.values()]
-        runs = self._ask(planned, ()).done
+        runs = self._ask(planned, ()).standing
         found: Counter[str] = Counter()
         for cell_id in self.placed:
             counted = [run.outcome for run in runs.get(cell_id, ())]

@@ -24,8 +24,8 @@ INDENT = "  "
 def print_table(table: Table, console: Console | None = None) -> None:
     """Print to `console`, by default standard output, which without a terminal is 120 columns wide.
 
-    Where the columns do not fit, names of stacks are broken, groups of columns follow below each other, and columns
-    of a rank are left out, which a remark says.
+    Where the columns do not fit, names of stacks are broken, columns of a rank are left out, which a remark says, and
+    what is still too wide follows below, group by group or column by column.
     """
     console = console or _standard_output()
     if console.file is sys.stdout and not console.is_terminal:
@@ -38,8 +38,10 @@ def print_table(table: Table, console: Console | None = None) -> None:
         console.print()
         if section.heading:
             console.print(Text(section.heading, style="bold cyan"), soft_wrap=True)
-        for panel in panels:
-            console.print(_grid(arranged, section, widths, panel))
+        for number, panel in enumerate(panels):
+            if number:
+                console.print()
+            console.print(_grid(arranged, section, widths, panel), soft_wrap=True)
     console.print()
     for position, note in enumerate(arranged.notes, start=1):
         console.print(_remark(f"[{position}] ", note))
@@ -98,7 +100,11 @@ def _fit(arranged: Layout, available: int) -> tuple[list[int], list[list[int]], 
             last = max(shown, key=lambda i: (arranged.headers[i].rank, i))
             shown.remove(last)
             left_out.append(arranged.headers[last].text)
-        panels = [shown]
+        panels = [[0]]
+        for i in shown[1:]:
+            if total([*panels[-1], i], narrowest) > available and panels[-1] != [0]:
+                panels.append([0])
+            panels[-1].append(i)
     if widths:
         excess = max(total(panel, widths[0]) for panel in panels) - available
         widths[0] = max(narrowest, widths[0] - max(excess, 0))

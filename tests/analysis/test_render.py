@@ -48,6 +48,19 @@ def test_text_fits_its_width_and_names_what_is_left_out(table: Table, width: int
     assert "".join(LONG.split("+")[-1]) in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_columns_that_do_not_fit_follow_below(table: Table, width: int) -> None:
+    """Every line of the table is one row; the stack stands before each part of it."""
+    lines = to_text(table, width).splitlines()
+    assert max(map(len, lines)) <= width
+    heads = [line.split() for line in lines if line.startswith("optimization")]
+    shown = [word for head in heads for word in head]
+    assert len(heads) > 1 and {"memory", "latency", "speed-up", "verdict", "KL"} < set(shown)
+    assert len(set(shown)) == len(shown) - (len(heads) - 1), "only the stack is repeated"
+    rows = [line for line in lines if line.startswith("baseline ")]
+    assert len(rows) == len(heads) and sum(" base" in row for row in rows) == 1
+
+
 def test_wide_terminals_show_everything(table: Table) -> None:
     text = to_text(table, 220)
     assert "Not shown" not in text and "MFU" in text and LONG in text

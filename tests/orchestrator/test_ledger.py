@@ -133,6 +133,19 @@ def test_retry_names_outcomes_to_run_again():
     assert [names(block) for block in remaining(planned, records, retry=("crashed", "error"))] == [{"baseline", "bf16"}]
 
 
+def test_what_was_measured_again_with_success_has_not_failed():
+    planned = [PlannedCell(BASE, 2), PlannedCell(BF16, 2)]
+    records = [row(BASE, 0), row(BF16, 0), row(BASE, 1), row(BF16, 1, "invalid")]
+    failing = decide(planned, records, lambda _: KEY)
+    assert failing.outcomes == {"ok": 3, "invalid": 1} and "1 failed" in (failing.history() or "")
+    (block,) = remaining(planned, records, retry=("invalid",))
+    again = decide(planned, [*records, *execute(block)], lambda _: KEY)
+    assert again.blocks == {} and again.outcomes == {"ok": 5}
+    assert again.history() == "6 runs are there already"
+    worse = decide(planned, [*records, *execute(block, outcome="invalid")], lambda _: KEY)
+    assert worse.outcomes == {"ok": 3, "invalid": 2}, "the baseline has its rounds"
+
+
 @pytest.mark.parametrize(("ran_under", "now", "again"), [(60, 120, True), (60, 60, False), (60, 30, False)])
 def test_a_timeout_is_measured_again_under_a_higher_limit(ran_under, now, again):
     records = [{"kind": "run", "run_id": "r1", "timeout_s": ran_under}, row(BASE, 0), row(BF16, 0, "timeout")]

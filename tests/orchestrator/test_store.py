@@ -294,6 +294,15 @@ def test_plan_and_sweep(folder):
     assert texts == {"sweep.yaml": "name: three\n", "sweep-1.yaml": "name: one\n", "sweep-2.yaml": "name: two\n"}
 
 
+def test_another_sweep_in_the_folder_is_said(folder):
+    with Store.open(folder) as opened:
+        opened.write_sweep("name: one\n")
+        opened.write_sweep("name: one\nseed: 1\n")
+        assert opened.repairs == []
+        opened.write_sweep("name: two\n")
+        assert len(opened.repairs) == 1 and "holds the sweep one as well: its rows are kept" in opened.repairs[0]
+
+
 def test_an_empty_plan_is_a_table_too(folder):
     with Store.open(folder) as opened:
         opened.write_plan([])
