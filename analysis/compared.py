@@ -9,6 +9,7 @@ from analysis.frames import column, numbers
 from analysis.host_clock import COMPARED, COMPARED_LOOP, HIGHER_IS_BETTER, host_loops
 from analysis.pair import KEY, cells
 from analysis.verdicts import verdicts
+from tasks.flags import FLAGS
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
@@ -162,6 +163,13 @@ def _clock_notes(table: pd.DataFrame, metric: str) -> list[str | None]:
         speed = middle if metric in HIGHER_IS_BETTER else 1 / middle
         found.append(f"{HOST_NOTE} {speed:.2f}x +- {(ends[1] - ends[0]) / 2:.2f}" if middle == middle else None)
     return found
+
+
+def legend_flags(table: pd.DataFrame) -> tuple[str, ...]:
+    """What the flags of these rows mean, in one remark."""
+    found = {str(flag).partition(":")[0] for counts in table["flags"] for flag in counts or {}}
+    meanings = [f"{name}: {meaning}" for name, meaning in FLAGS.items() if name in found]
+    return (f"{'; '.join(meanings)}.",) if meanings else ()
 
 
 def legend_host(notes: Iterable[list[str]]) -> tuple[str, ...]:

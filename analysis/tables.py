@@ -12,6 +12,7 @@ from analysis.compared import (
     compared,
     decodes,
     interval,
+    legend_flags,
     legend_host,
     notes,
     present,
@@ -82,7 +83,7 @@ def comparison_table(
         *NUMBERS, "ceiling_share", "loss_apart", "throughput_unit", *inverse, *_COMPARED, "cold_compile_s",
         "break_even_calls", "is_baseline", "simulated", "plan_order", "notes", *KEY,
     ]  # fmt: skip
-    fields, any_decodes = present(table, _fields(table)), bool(decodes(table).any())
+    fields, any_decodes, flags = present(table, _fields(table)), bool(decodes(table).any()), legend_flags(table)
     table = table[[name for name in order if name in table]].reset_index(drop=True)
     return Table(
         title="Comparison",
@@ -90,7 +91,7 @@ def comparison_table(
         fields=fields,
         sections=("model", POINT, "hardware"),
         notes="notes",
-        footnotes=(*((LEGEND_DECODE,) if any_decodes else ()), *legend_host(table["notes"])),
+        footnotes=(*((LEGEND_DECODE,) if any_decodes else ()), *legend_host(table["notes"]), *flags),
     )
 
 

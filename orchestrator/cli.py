@@ -221,7 +221,7 @@ def nodes(address: AddressOption = None, as_json: JsonOption = False) -> None:
 
 @app.command("list")
 def list_() -> None:
-    """The optimizations, workloads, metrics and shipped sweeps, with what each needs."""
+    """The optimizations, workloads, metrics, named models, flags and shipped sweeps, with what each needs."""
     from orchestrator.machine import print_catalogue
 
     print_catalogue()

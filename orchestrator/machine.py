@@ -12,6 +12,8 @@ from typing import Any
 
 from tasks.cell import NO_MODEL, Cell, ModelSpec, Stack, Technique, WorkloadPoint
 from tasks.device import DeviceInfo
+from tasks.flags import FLAGS
+from tasks.models.architectures import ARCHITECTURES
 from tasks.probe import NodeReport, probe
 from tasks.quality_tasks import INSTALL, PACKAGE
 from tasks.registry import metric_classes, optimizations, workloads
@@ -71,7 +73,7 @@ def _cluster(address: str) -> tuple[list[tuple[str, NodeReport]], list[str], dic
 
 
 def print_catalogue() -> None:
-    """Everything discovered, with what it needs."""
+    """Everything discovered, with what it needs, and what rows may say."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -102,6 +104,12 @@ def print_catalogue() -> None:
         "metrics", ("name", "columns"),
         [(name, ", ".join(column.name for column in cls.columns)) for name, cls in metric_classes().items()],
     )  # fmt: skip
+    section(
+        "models", ("name", "kind", "weights"),
+        [("pocket", "language", "trained, shipped with the project"),
+         *((f"random:{name}", item.kind, f"random, {item.dtype}") for name, item in ARCHITECTURES.items())],
+    )  # fmt: skip
+    section("flags", ("name", "what a row with it had"), FLAGS.items())
     section("shipped sweeps", ("name", "file"), [(name, str(path)) for name, path in shipped().items()])
 
 

@@ -192,6 +192,13 @@ def test_headings_tell_points_apart(build: SimpleNamespace, loaded: Loaded) -> N
         ]
 
 
+def test_flags_are_explained_below(build: SimpleNamespace, loaded: Loaded) -> None:
+    rows = [row | {"flags": ["launch_bound", "metric_failed:energy"]} for row in build.sweep()]
+    (legend,) = (text for text in comparison_table(loaded(rows)).remarks() if text.startswith("launch_bound: "))
+    assert "; metric_failed: this metric's columns are null" in legend and "steal" not in legend
+    assert not any("launch_bound" in text for text in comparison_table(loaded(build.sweep(), "clean")).remarks())
+
+
 LOSS_NOTE = "loss_apart: 2.5% from the loss of fp32 in the eighth step, having skipped 2 steps"
 
 
