@@ -23,6 +23,7 @@ READ = "read_bytes_per_s"
 # a CPU's products of half precision may be fastest where they fit its cache
 GEMM_SIZES = {"cuda": (8192,), "cpu": (512, 1024, 2048)}
 SLOW_S = 0.25  # a product that would take longer than this is left to smaller sizes
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "tf32": "float32"}
 MINIMUM_S = {"cuda": 0.4, "cpu": 0.3}
 ROW = 4096
 BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 256 * 2**20}
@@ -65,18 +66,20 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else BUFFER_BYTES["cpu"] * 8
     elements = min(BUFFER_BYTES[kind], free // 8) // 4 // ROW * ROW
     ceilings = _bandwidths(device, elements)
-    precisions: dict[str, tuple[torch.dtype, bool]] = {
-        "fp32": (torch.float32, False),
-        "fp16": (torch.float16, False),
-        "bf16": (torch.bfloat16, False),
-    }
-    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        precisions["tf32"] = (torch.float32, True)
-    for name, (dtype, tf32) in precisions.items():
-        rate = _product_rate(device, dtype, tf32)
+    for name in PRECISIONS:
+        rate = product_rate(device, name)
         if rate is not None:
             ceilings[product_key(name)] = rate
     return ceilings
+
+
+def product_rate(device: torch.device, precision: str) -> float | None:
+    """FLOP per second of matrix products in one of `PRECISIONS`, None where the device cannot do them so."""
+    import torch
+
+    if precision == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)):
+        return None
+    return _product_rate(device, getattr(torch, PRECISIONS[precision]), precision == "tf32")
 
 
 def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:
