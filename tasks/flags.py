@@ -17,7 +17,7 @@ FLAGS = {
     "passes_contradict": "calls that are waited for were faster than calls in a row by more than 10 % (no verdict)",
     "executed_instead": "it could not be forked and was started anew, unlike the others (no verdict)",
     "aa_failed": "equal cells differed on this machine (no verdict)",
-    "ceiling_raised": "the ceiling measured at the start was too low, the machine being busy: MFU is of a second reading",
+    "ceiling_raised": "the first ceiling was too low, the machine being busy: MFU is of one measured again",
     "allocation_retries": "memory was so short that cached blocks had to be given back first",
     "energy_suspect": "the energy counter and the power readings disagree",
     "energy_polled": "energy is summed from power readings: this device has no counter",
