@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import NO_MODEL
-from tasks.footprint import lower_bound
+from tasks.footprint import lower_bound, parameters
 from tasks.models.identity import config_of
 from tasks.registry import optimizations
 
@@ -28,8 +28,9 @@ REQUESTS = 9  # the first, the warm-up's and those of the passes, at the least
 LAYER_S = {"cuda": 0.6e-3, "cpu": 0.4e-3}
 COMPRESSED, COMPILED = 2.5, 0.4
 BYTES_PER_S = {"cuda": 2e12, "cpu": 1e10}
+FLOP_PER_S = {"cuda": 1e14, "cpu": 1e11}
 FETCHED_PER_S = 1e10  # from the host, where layers are offloaded
-LAYERS = 12  # of a model whose configuration is not at hand, or leaves them to its class
+LAYERS, WIDTH = 12, 768  # of a model whose configuration is not at hand, or leaves them to its class
 
 
 def run_seconds(cell: Cell, device: DeviceInfo, profile: Profile, *, judged: bool, cold: bool) -> float:
@@ -57,10 +58,10 @@ def _tuned(cell: Cell) -> bool:
 
 
 def _request_seconds(cell: Cell, kind: str) -> float:
-    """One request's decoding; prompts, other workloads' calls and kernels are short beside the passes."""
-    tokens = cell.workload.get("new_tokens")
+    """One request or call of a language model; those of others, and kernels, are short beside the passes."""
+    tokens, prompt = cell.workload.get("new_tokens"), _prompt_seconds(cell, kind)
     if tokens is None:
-        return 0.0
+        return prompt
     families, bytes_read = _families(cell), lower_bound(cell).total_bytes
     step = _layers(cell.model) * LAYER_S[kind]
     if "compression" in families:
@@ -72,13 +73,33 @@ def _request_seconds(cell: Cell, kind: str) -> float:
         known = optimizations()
         kept = math.prod(known[item.name].resident(item) for item in cell.stack.techniques)
         step += (1 - kept) * bytes_read / max(kept, 0.05) / FETCHED_PER_S
-    return float(tokens * step)
+    return float(prompt + tokens * step)
+
+
+def _prompt_seconds(cell: Cell, kind: str) -> float:
+    """The products of the tokens that are there at once, causal attention among them; training takes three times it."""
+    count = parameters(cell.model) if cell.model != NO_MODEL else None
+    length = cell.workload.get("prompt_tokens", cell.workload.get("sequence_length", 0))
+    if not count or not length:
+        return 0.0
+    products = 2 * count * length + 2 * _layers(cell.model) * _width(cell.model) * length**2
+    passes = 3 if cell.workload.kind == "train_step" else 1
+    return float(passes * cell.workload.get("batch_size", 1) * products / FLOP_PER_S[kind])
+
+
+def _layers(model: ModelSpec) -> int:
+    config = _config(model)
+    return int(config.get("num_hidden_layers") or config.get("n_layer") or LAYERS)
+
+
+def _width(model: ModelSpec) -> int:
+    config = _config(model)
+    return int(config.get("hidden_size") or config.get("n_embd") or WIDTH)
 
 
 @cache
-def _layers(model: ModelSpec) -> int:
+def _config(model: ModelSpec) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = config_of(model) or {}
+        return config_of(model) or {}
     except (OSError, ValueError):
-        config = {}
-    return int(config.get("num_hidden_layers") or config.get("n_layer") or LAYERS)
+        return {}

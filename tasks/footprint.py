@@ -72,6 +72,12 @@ def lower_bound(cell: Cell) -> Footprint:
     return Footprint(weight_bytes=int(weights), cache_bytes=cache_bytes)
 
 
+def parameters(model: ModelSpec) -> int | None:
+    """Of the whole model; None where the configuration is not at hand or of a kind that we do not count."""
+    shape = _shape(model)
+    return None if shape is None else shape.blocks + shape.rest
+
+
 def _trained_bytes(cell: Cell, shape: _Shape) -> float:
     """Weights, gradients and optimizer state: AdamW's two moments, as wide as the weights, or what another keeps.
 

@@ -57,6 +57,17 @@ def test_there_are_sweeps_to_be_held_against() -> None:
     assert len(MEASURED) >= 15
 
 
+def test_longer_prompts_take_longer_and_training_three_times_as_long(bench: Any) -> None:
+    def seconds(kind: str, length: int) -> float:
+        cell: Cell = bench.cell(kind, "fp32", bench.POCKET, batch_size=4, sequence_length=length)
+        return run_seconds(cell, bench.device(), PROFILES["quick"], judged=False, cold=False)
+
+    passes = seconds("prefill", 1)
+    short, long = seconds("prefill", 2048) - passes, seconds("prefill", 32768) - passes
+    assert long > 16 * short > 0, "attention grows with the square"
+    assert seconds("train_step", 32768) - seconds("train_step", 1) == pytest.approx(3 * long, rel=0.01)
+
+
 def test_longer_requests_larger_models_and_less_of_them_on_the_device_take_longer(bench: Any) -> None:
     def seconds(stack: str, *, cold: bool = False, **axes: int) -> float:
         cell: Cell = bench.cell("decode", stack, **axes)
