@@ -277,10 +277,10 @@ def table(
     format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,
     kind: KindOption = Kind.COMPARISON,
 ) -> None:
-    """The comparison table, or the cross-hardware trade-off table, of one or several result folders.
+    """The comparison table of one or several result folders, or another kind of table.
 
-    A ladder compares each stack with the one before it in the sweep and says why a slower one is; growth is what
-    further tokens of a prompt cost in bytes and time.
+    A trade-off puts hardware across; a ladder compares each stack with the one before it in the sweep and says why a
+    slower one is; growth is what further tokens of a prompt cost in bytes and time.
     """
     from orchestrator.show import print_table
 

@@ -11,6 +11,7 @@ from typing import TextIO
 
 EXIT_INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPED = b"stopped; the same command goes on with what is missing\n"
 _MESSAGE = b"\nfinishing the running cells; once more to stop now\n"
 
 
@@ -57,6 +58,7 @@ class Stop:
             if self.asked:
                 with suppress(Exception):
                     last_words()
+                    os.write(terminal.fileno(), _STOPPED)
                 os._exit(EXIT_INTERRUPTED)  # what belongs to us dies with this process: see `guard`
             self.asked = True
             with suppress(OSError):

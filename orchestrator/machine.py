@@ -123,7 +123,7 @@ def print_doctor() -> int:
             print(f"  cannot measure here: {facts['error']}")
             status = 1
         for name, value in facts.get("ceilings", {}).items():
-            print(f"  {name} {value:.4g}")
+            print(f"  {_rate(name, value)}")
         if facts.get("idle_power_w") is not None:
             print(f"  idle_power_w {facts['idle_power_w']:.1f}")
         for name in optimizations():
@@ -175,9 +175,17 @@ def _options(options: dict[str, Any]) -> str:
     )
 
 
+def _rate(name: str, value: float) -> str:
+    """A ceiling for people."""
+    if name.endswith("_flop_per_s"):
+        return f"{name.removesuffix('_flop_per_s')} products: {value / 1e12:.4g} TFLOP/s"
+    return f"{name.removesuffix('_bytes_per_s')} bandwidth: {value / 1e9:.4g} GB/s"
+
+
 def _needs(technique: Any) -> str:
     needs = technique.needs
     parts = [*needs.devices, *needs.packages, *needs.workloads]
     if needs.compute_capability:
-        parts.append(f"compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}")
+        on_cuda = "" if needs.devices == ("cuda",) else " on cuda"
+        parts.append(f"compute capability {needs.compute_capability[0]}.{needs.compute_capability[1]}{on_cuda}")
     return ", ".join(parts) or "-"

@@ -253,10 +253,8 @@ def _find(text: str) -> Path:
         return known[text.removesuffix(".yaml")]
     if path.is_dir():
         raise SweepError(f"{text}: is a folder, not a sweep file")
-    raise SweepError(
-        f"{text}: no such file, and no shipped sweep of that name{nearest(path.stem, list(known))}"
-        f" (shipped: {', '.join(known)})"
-    )
+    close = "" if path.suffix else nearest(text, list(known), else_all=False)
+    raise SweepError(f"{text}: no such file, and no shipped sweep of that name{close} (shipped: {', '.join(known)})")
 
 
 def _validated(document: Document, folder: Path, *, elsewhere: bool = False) -> Sweep:

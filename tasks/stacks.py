@@ -15,10 +15,12 @@ class StackError(ValueError):
     """A stack that cannot be: unknown technique or option, or two of one family. The message names the nearest."""
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, else the list of known words."""
+def nearest(word: str, known: list[str], *, else_all: bool = True) -> str:
+    """`; did you mean 'x'?` for the closest known word, else the list of known words (or nothing)."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if else_all else ""
 
 
 def parse_stack(text: str) -> Stack:
@@ -70,9 +72,7 @@ def _convert(name: str, key: str, value: str, default: Scalar, choices: tuple[Sc
             f"option {key!r} of {name!r} must be {type(default).__name__}, such as {default!r}; got {value!r}"
         ) from None
     if choices is not None and converted not in choices:
-        raise StackError(
-            f"option {key!r} of {name!r} cannot be {value!r}{nearest(value, [str(choice) for choice in choices])}"
-        )
+        raise StackError(f"option {key!r} of {name!r} cannot be {value!r}, it is one of {', '.join(map(str, choices))}")
     return converted
 
 
