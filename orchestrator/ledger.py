@@ -187,9 +187,7 @@ def decide(
                     repeated += [run for run in found if run.block_id not in baseline_blocks]
                     usable[cell_id] = [run for run in found if run.block_id in baseline_blocks]
         done.update((cell_id, tuple(found)) for cell_id, found in usable.items() if found)
-        standing.update(
-            (cell_id, _standing(found, group[cell_id].rounds)) for cell_id, found in usable.items() if found
-        )
+        standing.update(_standing(group, usable, baseline_id))
         if planned_blocks := _blocks(group_id, group, usable, baseline_id, next_round.get(group_id, 0), seed):
             blocks[group_id] = planned_blocks
     failed = tuple(run for found in (*done.values(), repeated) for run in found if run.outcome in FAILED)
@@ -198,9 +196,21 @@ def decide(
     )
 
 
-def _standing(runs: Sequence[Done], rounds: int) -> tuple[Done, ...]:
-    good = tuple(run for run in runs if run.outcome == Outcome.OK)
-    return good if len(good) >= rounds else tuple(runs)
+def _standing(
+    group: Mapping[str, Planned], usable: Mapping[str, Sequence[Done]], baseline_id: str
+) -> dict[str, tuple[Done, ...]]:
+    """For each cell the runs that say what became of it.
+
+    What went wrong says nothing where there are as many good runs as rounds; of the baseline only where each of the
+    others that has those finds a good run of the baseline beside as many of them.
+    """
+    good = {cell_id: tuple(run for run in found if run.outcome == Outcome.OK) for cell_id, found in usable.items()}
+    whole = {cell_id for cell_id, found in good.items() if len(found) >= group[cell_id].rounds}
+    beside = {run.block_id for run in good.get(baseline_id, ())}
+    for cell_id in whole - {baseline_id} if baseline_id in group else ():
+        if sum(run.block_id in beside for run in good[cell_id]) < group[cell_id].rounds:
+            whole.discard(baseline_id)
+    return {cell_id: good[cell_id] if cell_id in whole else tuple(found) for cell_id, found in usable.items() if found}
 
 
 def _recorded(

@@ -148,8 +148,8 @@ class Store:
                 return
             if (name := _sweep_name(earlier)) != _sweep_name(text):
                 self.repairs.append(
-                    f"{self.directory} holds the sweep {name} as well: its rows are kept, and shown again when that "
-                    f"sweep is run there. Another --out keeps them apart."
+                    f"{self.directory} holds the sweep {name} as well: its rows are kept; those that are not of this "
+                    f"sweep are shown again when that one is run there. Another --out keeps them apart."
                 )
             number = 1
             while (kept := self.directory / f"sweep-{number}.yaml").exists():

@@ -253,7 +253,7 @@ def _find(text: str) -> Path:
         return known[text.removesuffix(".yaml")]
     if path.is_dir():
         raise SweepError(f"{text}: is a folder, not a sweep file")
-    close = "" if path.suffix else nearest(text, list(known), else_all=False)
+    close = nearest(path.stem, list(known), else_all=False, cutoff=0.7) if path.parent == Path() else ""
     raise SweepError(f"{text}: no such file, and no shipped sweep of that name{close} (shipped: {', '.join(known)})")
 
 

@@ -23,8 +23,8 @@ READ = "read_bytes_per_s"
 # a CPU's products of half precision may be fastest where they fit its cache
 GEMM_SIZES = {"cuda": (8192,), "cpu": (512, 1024, 2048)}
 SLOW_S = 0.25  # a product that would take longer than this is left to smaller sizes
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "tf32": "float32"}
 MINIMUM_S = {"cuda": 0.4, "cpu": 0.3}
+READINGS = 3
 ROW = 4096
 BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 256 * 2**20}
 
@@ -49,13 +49,29 @@ def measure_facts(payload: dict[str, Any]) -> dict[str, Any]:
     gpu = open_gpu(info.uuid) if info.kind == "cuda" else None
     # before CUDA is initialised: a context raises the idle power, and the card may still be warm from the last cell
     idle = idle_power(gpu) if gpu is not None else Missing(reason="only that of a GPU that NVML reads is measured")
-    device = torch.device(info.kind)
     return {
-        "ceilings": measure_ceilings(device),
+        "ceilings": _undisturbed(torch.device(info.kind)),
         "idle_power_w": None if isinstance(idle, Missing) else idle,
         "idle_power_missing": idle.reason if isinstance(idle, Missing) else "",
         "power_limit_w": gpu.power_limit_w() if gpu is not None else None,
     }
+
+
+def _undisturbed(device: torch.device) -> dict[str, float]:
+    """Ceilings, which all rows of a slot divide by: on a CPU the best of three readings, while others are at work."""
+    import torch
+
+    from tasks.interference import CpuWatch
+
+    found: dict[str, float] = {}
+    for _ in range(READINGS):
+        watch = CpuWatch(threads=torch.get_num_threads())
+        watch.begin()
+        reading = measure_ceilings(device)
+        found = {name: max(value, found.get(name, 0.0)) for name, value in reading.items()}
+        if device.type != "cpu" or not watch.end().barred:
+            break
+    return found
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
@@ -66,20 +82,18 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else BUFFER_BYTES["cpu"] * 8
     elements = min(BUFFER_BYTES[kind], free // 8) // 4 // ROW * ROW
     ceilings = _bandwidths(device, elements)
-    for name in PRECISIONS:
-        rate = product_rate(device, name)
+    precisions: dict[str, tuple[torch.dtype, bool]] = {
+        "fp32": (torch.float32, False),
+        "fp16": (torch.float16, False),
+        "bf16": (torch.bfloat16, False),
+    }
+    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        precisions["tf32"] = (torch.float32, True)
+    for name, (dtype, tf32) in precisions.items():
+        rate = _product_rate(device, dtype, tf32)
         if rate is not None:
             ceilings[product_key(name)] = rate
     return ceilings
-
-
-def product_rate(device: torch.device, precision: str) -> float | None:
-    """FLOP per second of matrix products in one of `PRECISIONS`, None where the device cannot do them so."""
-    import torch
-
-    if precision == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)):
-        return None
-    return _product_rate(device, getattr(torch, PRECISIONS[precision]), precision == "tf32")
 
 
 def _bandwidths(device: torch.device, elements: int) -> dict[str, float]:

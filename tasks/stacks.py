@@ -15,9 +15,9 @@ class StackError(ValueError):
     """A stack that cannot be: unknown technique or option, or two of one family. The message names the nearest."""
 
 
-def nearest(word: str, known: list[str], *, else_all: bool = True) -> str:
+def nearest(word: str, known: list[str], *, else_all: bool = True, cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the closest known word, else the list of known words (or nothing)."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if else_all else ""

@@ -12,13 +12,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.ceilings import READ, product_key, product_rate
+from tasks.ceilings import READ, product_key
 from tasks.cell import digest
 from tasks.metric import Column, Metric, Missing, Phase
 from tasks.models.identity import job_checkpoint
 from tasks.models.runtime import RuntimeModel
 from tasks.stacks import freezes_weights, precision_of
-from tasks.validity import exceeds
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -53,7 +52,7 @@ class Compute(Metric):
         return {
             "flops": flops,
             "flops_least": least,
-            "mfu": _mfu(session, flops, least, seconds),
+            "mfu": _mfu(session, flops, seconds),
             "mbu": self._mbu(session, seconds),
         }
 
@@ -76,10 +75,9 @@ def seconds_per_segment(session: Session) -> float | None:
     return timings.throughput.seconds / (timings.throughput.calls * step.steps_per_call)
 
 
-def _mfu(session: Session, flops: float | Missing, least: float | Missing, seconds: float | None) -> float | Missing:
+def _mfu(session: Session, flops: float | Missing, seconds: float | None) -> float | Missing:
     if isinstance(flops, Missing):
         return Missing(reason=f"no FLOPs: {flops.reason}")
-    assert not isinstance(least, Missing), "both are counted or none"
     if seconds is None:
         return Missing(reason="the throughput pass was not reached")
     products = (technique.multiplies for technique, _ in session.techniques)
@@ -88,18 +86,7 @@ def _mfu(session: Session, flops: float | Missing, least: float | Missing, secon
     ceiling = session.job.ceilings.get(product_key(precision))
     if ceiling is None:
         return Missing(reason=f"the {precision} matrix product of this device was not measured")
-    if exceeds(least / seconds / ceiling) and not session.on_cuda:
-        ceiling = _at_least(ceiling, precision, session)
     return flops / seconds / ceiling
-
-
-def _at_least(ceiling: float, precision: str, session: Session) -> float:
-    """A CPU's ceiling, measured once more: that of the sweep is too low where others were at work when it began."""
-    again = product_rate(session.device, precision)
-    if again is None or again <= ceiling:
-        return ceiling
-    session.row.flag("ceiling_raised")
-    return again
 
 
 def _dtype(session: Session) -> str:

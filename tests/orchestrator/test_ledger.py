@@ -144,6 +144,11 @@ def test_what_was_measured_again_with_success_has_not_failed():
     assert again.history() == "6 runs are there already"
     worse = decide(planned, [*records, *execute(block, outcome="invalid")], lambda _: KEY)
     assert worse.outcomes == {"ok": 3, "invalid": 2}, "the baseline has its rounds"
+    lonely = decide(planned, [*records, row(BASE, 2, "crashed"), row(BF16, 2)], lambda _: KEY)
+    assert lonely.outcomes == {"ok": 4, "crashed": 1}, "one of two has no partner"
+    records = [row(BASE, 0), row(BF16, 0), row(BASE, 1, "invalid"), row(BF16, 1)]
+    (block,) = remaining(planned, records, retry=("invalid",))
+    assert decide(planned, [*records, *execute(block)], lambda _: KEY).outcomes == {"ok": 5}
 
 
 @pytest.mark.parametrize(("ran_under", "now", "again"), [(60, 120, True), (60, 60, False), (60, 30, False)])

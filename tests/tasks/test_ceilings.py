@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,20 @@ def test_no_rate_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ceilings, "_best_s", refuse)
     assert ceilings._product_rate(CPU, torch.float16, tf32=False) is None
+
+
+@pytest.mark.parametrize(("barred", "readings"), [([False], 1), ([True, False], 2), ([True] * 5, ceilings.READINGS)])
+def test_a_busy_cpu_is_read_again_and_the_best_counts(
+    monkeypatch: pytest.MonkeyPatch, barred: list[bool], readings: int
+) -> None:
+    from tasks.interference import CpuWatch
+
+    rates, disturbed = iter((1.0, 3.0, 2.0)), iter(barred)
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device: {"fp32_flop_per_s": next(rates)})
+    monkeypatch.setattr(CpuWatch, "begin", lambda self: None)
+    monkeypatch.setattr(CpuWatch, "end", lambda self: SimpleNamespace(barred=next(disturbed)))
+    assert ceilings._undisturbed(CPU) == {"fp32_flop_per_s": max((1.0, 3.0, 2.0)[:readings])}
+    assert len(list(rates)) == 3 - readings
 
 
 def test_linear_layers_are_not_above_their_ceiling() -> None:
