@@ -108,7 +108,7 @@ class Hosts:
         self.address = "10.213.0.1:6399"
         try:
             self.start_head()
-        except BaseException:
+        except BaseException:  # also when interrupted: namespaces and what runs in them outlive this process
             self.close()
             raise
 

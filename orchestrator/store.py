@@ -48,7 +48,7 @@ class Store:
     Attributes:
         directory: the folder.
         records: the journal's records as they were at opening.
-        repairs: what had to be repaired at opening, one sentence each.
+        repairs: what was repaired at opening, and what a person should know of the folder, one sentence each.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -63,15 +63,17 @@ def _undisturbed(device: torch.device) -> dict[str, float]:
 
     from tasks.interference import CpuWatch
 
-    found: dict[str, float] = {}
+    if device.type != "cpu":
+        return measure_ceilings(device)
+    best: dict[str, float] = {}
     for _ in range(READINGS):
         watch = CpuWatch(threads=torch.get_num_threads())
         watch.begin()
         reading = measure_ceilings(device)
-        found = {name: max(value, found.get(name, 0.0)) for name, value in reading.items()}
-        if device.type != "cpu" or not watch.end().barred:
+        best = {name: max(value, best.get(name, value)) for name, value in reading.items()}
+        if not watch.end().barred:
             break
-    return found
+    return best
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Reading sweep files: every mistake is one sentence that names the line, the value and the nearest valid name."""
+"""Reading sweep files: forms, defaults, paths, overrides, and what is shipped."""
 
 import json
 import subprocess
