@@ -14,7 +14,7 @@ shift
 mkdir -p "$out"
 PYTHON=${PYTHON:-python}
 PAIRED=${PAIRED:-fp32|fp16|bf16|bf16+static-cache|bf16+static-cache+compile:mode=reduce-overhead}
-BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true"
+BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true,realize_opcount_threshold=10"
 MARLIN="import torch; from gptqmodel.utils.marlin import prewarm_marlin_extension as build; build(torch.bfloat16)"
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 
@@ -76,12 +76,6 @@ for part in "$@"; do
         ;;
     profile) # where a token of the best 8B stack spends its time
         limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" | tee "$out/profile.txt"
-        ;;
-    apart) # the same where the compiler keeps elementwise work out of products that would do it again and again
-        for setting in realize_reads_threshold=1 realize_opcount_threshold=8; do
-            limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" --inductor $setting |
-                tee "$out/$setting.txt"
-        done
         ;;
     train) # Marlin's kernels are compiled meanwhile, which takes two minutes of the processor
         GPTQMODEL_OFFLINE=1 limited 300 "$PYTHON" -c "$MARLIN" >"$out/marlin.txt" 2>&1 &

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.compilation import compilation, generated_code
 from tasks.optimization import Evidence, Optimization
+from tasks.optimizations._triton import repeated_operations
 from tasks.registry import optimizations
 from tasks.stacks import option
 from tasks.trace import traced
@@ -22,6 +23,7 @@ COMPILED_BY_LIBRARIES = "/flex_attention.py"  # file whose frames libraries comp
 REGION = "Torch-Compiled Region:"
 SEGMENTS = 32  # of a call that are looked at: four times the shapes for which the compiler tries a frame, by default
 SEGMENT = "benchmatrix segment "
+STORED = "realize_opcount_threshold"
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
@@ -31,12 +33,23 @@ class Compile(Optimization):
     `coordinate_descent` tunes the block sizes of generated kernels one step at a time, in any mode (the max-autotune
     ones include it). With it products with a single row become generated kernels too, which come nearer to the memory
     bandwidth than a library's: what decoding one sequence is made of.
+
+    `realize_opcount_threshold` is Inductor's setting of that name (0: its own, 30). A value that takes more operations
+    is stored before a kernel reads it again and again; below, the kernel works it out anew. The kernel of a product
+    with one row reads its vector once for every block of the matrix's rows: with 10, norms and activations are worked
+    out once, beside the products instead of inside them.
     """
 
     name = "compile"
     family = "compile"
     summary = "torch.compile of the measured step"
-    options = {"mode": "default", "fullgraph": False, "dynamic": "auto", "coordinate_descent": False}
+    options = {
+        "mode": "default",
+        "fullgraph": False,
+        "dynamic": "auto",
+        "coordinate_descent": False,
+        "realize_opcount_threshold": 0,
+    }
     choices = {
         "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         "dynamic": tuple(DYNAMIC),
@@ -44,8 +57,14 @@ class Compile(Optimization):
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         chosen = next((item for item in cell.stack.techniques if item.name == self.name), None)
-        if chosen is not None and option(chosen, "coordinate_descent") and device.kind == "cpu":
+        tuned = chosen is not None and option(chosen, "coordinate_descent")
+        if tuned and device.kind == "cpu":
             return f"coordinate_descent of {self.name} tunes Triton kernels, a cpu has none"
+        threshold = 0 if chosen is None else int(str(option(chosen, STORED)))
+        if threshold < 0:
+            return f"{STORED} of {self.name} counts operations, {threshold} are none"
+        if threshold and not tuned:
+            return f"{STORED} of {self.name} is about products that are generated: it needs coordinate_descent=true"
         refusal = super().unsupported(cell, device)
         if refusal is None and chosen is not None and device.kind == "cuda" and option(chosen, "mode") in CUDA_GRAPHS:
             return _overwritten(cell, chosen)
@@ -82,6 +101,10 @@ class Compile(Optimization):
                 "coordinate_descent_tuning': True" in text for text in generated_code().values()
             )
             ok = ok and facts["kernels_tuned"] > 0
+        if most := int(str(option(technique, STORED))):
+            repeated = repeated_operations(generated_code().values())
+            facts["products"], facts["operations_repeated"] = len(repeated), max(repeated, default=0)
+            ok = ok and len(repeated) > 0 and facts["operations_repeated"] <= most
         return Evidence(ok=ok, facts=facts)
 
 
@@ -108,7 +131,10 @@ def arguments(technique: Technique) -> dict[str, Any]:
         return {**found, "mode": None if mode == "default" else mode}
     from torch._inductor import list_mode_options
 
-    return {**found, "options": {**list_mode_options(mode), "coordinate_descent_tuning": True}}
+    options = {**list_mode_options(mode), "coordinate_descent_tuning": True}
+    if threshold := int(str(option(technique, STORED))):
+        options[STORED] = threshold
+    return {**found, "options": options}
 
 
 def graphs_of_segments(session: Session) -> list[int]:

@@ -173,6 +173,20 @@ def test_compile_pretenders(bench: Any, card: DeviceInfo, asked: str, applied: s
     assert not evidence.ok, evidence.facts
 
 
+def test_what_products_of_one_row_repeat(bench: Any, card: DeviceInfo) -> None:
+    """The threshold is proven by kernels that work out less, and what torch does without it is no proof."""
+    tuned, asked = "coordinate_descent=true", "compile:coordinate_descent=true,realize_opcount_threshold=10"
+    found = {}
+    for applied in (asked, f"compile:{tuned}"):
+        job = bench.job(bench.cell("decode", f"bf16+eager+static-cache+{asked}", bench.POCKET), device=card)
+        with bench.live(job, applied=f"bf16+eager+static-cache+{applied}", calls=4) as session:
+            found[applied] = proof(asked, session)
+    stored, inlined = found.values()
+    assert stored.ok, stored.facts
+    assert not inlined.ok, inlined.facts
+    assert stored.facts["operations_repeated"] < inlined.facts["operations_repeated"]
+
+
 # ---- joined projections ---------------------------------------------------------------------------------------------
 
 

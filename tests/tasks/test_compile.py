@@ -64,6 +64,14 @@ def proof(text: str, session: Any) -> Evidence:
             "compile:coordinate_descent=true",
             {"fullgraph": False, "dynamic": None, "options": {"coordinate_descent_tuning": True}},
         ),
+        (
+            "compile:coordinate_descent=true,realize_opcount_threshold=10",
+            {
+                "fullgraph": False,
+                "dynamic": None,
+                "options": {"coordinate_descent_tuning": True, "realize_opcount_threshold": 10},
+            },
+        ),
     ],
 )
 def test_arguments_of_torch_compile(text: str, expected: dict[str, Any]) -> None:
@@ -83,6 +91,35 @@ def test_coordinate_descent_is_refused_on_a_cpu(bench: Any) -> None:
     assert "tunes Triton kernels" in str(unsupported(cell, bench.device()))
     assert unsupported(cell, bench.device("cuda")) is None
     assert unsupported(bench.cell("attention", "compile"), bench.device()) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("realize_opcount_threshold=10", "needs coordinate_descent=true"),
+        ("coordinate_descent=true,realize_opcount_threshold=-1", "counts operations"),
+        ("coordinate_descent=true,realize_opcount_threshold=10", None),
+    ],
+)
+def test_thresholds_that_have_no_effect_are_refused(bench: Any, options: str, reason: str | None) -> None:
+    found = unsupported(bench.cell("attention", f"compile:{options}"), bench.device("cuda"))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_torch_knows_the_threshold() -> None:
+    """`torch.compile` refuses options that it does not know, before anything is compiled."""
+    import torch
+
+    options = arguments(technique("compile:coordinate_descent=true,realize_opcount_threshold=10"))
+    torch.compile(torch.nn.Identity(), **options)
+
+
+def test_a_threshold_is_proven_by_the_kernels(bench: Any) -> None:
+    asked = "compile:coordinate_descent=true,realize_opcount_threshold=10"
+    with bench.live(net(bench, "compile", breaks=False), calls=1) as session:
+        evidence = proof(asked, session)
+    assert not evidence.ok
+    assert evidence.facts["products"] == 0, "a CPU has no Triton kernels"
 
 
 @pytest.fixture
