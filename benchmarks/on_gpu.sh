@@ -87,7 +87,7 @@ for part in "$@"; do
             --set "models=[{id: gpt2-size, path: $out/trained}]" ${only:+--only "$only"}
         ;;
     systematic-8b)
-        sweep "${SWEEP_S:-600}" systematic systematic-8b --set scale=8b ${only:+--only "$only"}
+        sweep "${SYSTEMATIC_8B_S:-600}" systematic systematic-8b --set scale=8b ${only:+--only "$only"}
         ;;
     two) # on a host with two cards; then `one` on each of them, and benchmarks/two_devices.py
         sweep 240 aa-gpu two --parallel-gpus --only "$DEVICE_BOUND"

@@ -35,7 +35,7 @@ def _repeated(lines: str) -> int | None:
         index = expression.partition(",")[0] if load else ""
         if ROW.search(index) or used & of_rows:
             of_rows.add(name)
-            factors = set(*PRODUCT.findall(expression)[:1])
+            factors: set[str] = set(*PRODUCT.findall(expression)[:1])
             product = product or bool(factors & vectors and factors & of_rows)
             continue
         if SUMMED.search(index) or used & vectors:
