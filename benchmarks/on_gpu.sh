@@ -31,7 +31,7 @@ limited() { # SECONDS COMMAND...: an interrupt first, so that a sweep finishes i
 }
 
 sweep() { # SECONDS NAME FOLDER [OPTION...]
-    limited "$1" "$PYTHON" -m orchestrator run "$2" --out "$out/$3" "${@:4}" >"$out/$3.txt" 2>&1
+    limited "$1" "$PYTHON" -m orchestrator run "$2" --out "$out/$3" "${@:4}" >>"$out/$3.txt" 2>&1
     tail -n 60 "$out/$3.txt"
 }
 

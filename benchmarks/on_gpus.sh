@@ -37,7 +37,7 @@ lane() { # NUMBER [VARIABLE=VALUE...] PART...
     shift
     export CUDA_VISIBLE_DEVICES=${cards[number]} HOME=/tmp/lane$number/home TMPDIR=/tmp/lane$number
     mkdir -p "$HOME" "$out/$number"
-    while [[ $1 =~ ^[A-Z_]+= ]]; do
+    while [[ $1 =~ ^[A-Z_0-9]+= ]]; do
         export "${1?}"
         shift
     done

@@ -178,8 +178,8 @@ def test_what_products_of_one_row_repeat(bench: Any, card: DeviceInfo) -> None:
     tuned, asked = "coordinate_descent=true", "compile:coordinate_descent=true,realize_opcount_threshold=10"
     found = {}
     for applied in (asked, f"compile:{tuned}"):
-        job = bench.job(bench.cell("decode", f"bf16+eager+static-cache+{asked}", bench.POCKET), device=card)
-        with bench.live(job, applied=f"bf16+eager+static-cache+{applied}", calls=4) as session:
+        cell = bench.cell("decode", f"bf16+eager+static-cache+{asked}", bench.POCKET, batch_size=1)
+        with bench.live(bench.job(cell, device=card), applied=f"bf16+eager+static-cache+{applied}", calls=4) as session:
             found[applied] = proof(asked, session)
     stored, inlined = found.values()
     assert stored.ok, stored.facts
