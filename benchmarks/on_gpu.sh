@@ -14,7 +14,7 @@ shift
 mkdir -p "$out"
 PYTHON=${PYTHON:-python}
 PAIRED=${PAIRED:-fp32|fp16|bf16|bf16+static-cache|bf16+static-cache+compile:mode=reduce-overhead}
-BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true,realize_opcount_threshold=10"
+BEST="bf16+fused-projections:of=attention+eager+static-cache+compile:mode=reduce-overhead,coordinate_descent=true"
 MARLIN="import torch; from gptqmodel.utils.marlin import prewarm_marlin_extension as build; build(torch.bfloat16)"
 DEVICE_BOUND="model=random:llama-3.2-1b|none,optimization=bf16"
 

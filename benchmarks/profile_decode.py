@@ -1,13 +1,11 @@
 """Where the time of a decoded token goes on the device: its kernels by name, and the gaps between them.
 
     python benchmarks/profile_decode.py MODEL STACK [--tokens 32] [--prompt-tokens 512] [--batch-size 1]
-        [--inductor KEY=VALUE ...]
 
 The stack is warmed up as a cell's is, then the profiler sees some tokens of one request, its prompt left out. Printed
 are, for one token, the time from its first kernel to the next one's, the sum of its kernels, the gaps, and the kernels
 with their launches and microseconds, the longest first; the last line is the same as JSON. The profiler costs a few per
-cent: `ms_per_token` without it is printed beside. `--inductor` sets options of torch's compiler that no stack has, to
-see what they do before one gets them.
+cent: `ms_per_token` without it is printed beside.
 """
 
 import argparse
@@ -63,17 +61,6 @@ def table(events, tokens):
     return {"us_span": span / tokens, "us_busy": busy / tokens, "us_gaps": (span - busy) / tokens, "kernels": kernels}
 
 
-def configure(settings):
-    """Set options of torch's compiler from texts such as `realize_reads_threshold=1`."""
-    from torch._inductor import config
-
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if not hasattr(config, key):
-            raise SystemExit(f"torch's compiler has no option {key!r}")
-        setattr(config, key, json.loads(value))
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -81,9 +68,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--inductor", metavar="KEY=VALUE", action="append", default=[])
     chosen = parser.parse_args()
-    configure(chosen.inductor)
     axes = {"batch_size": chosen.batch_size, "prompt_tokens": chosen.prompt_tokens, "new_tokens": 128}
     session = open_session(chosen.model, "decode", chosen.stack, axes)
     with session.contexts():
@@ -103,11 +88,10 @@ def main():
     found = {
         "model": chosen.model,
         "stack": chosen.stack,
-        "inductor": chosen.inductor,
         "ms_per_token": 1e3 * (whole - short) / 125,
     } | found
     print(
-        f"{' '.join([chosen.stack, *chosen.inductor])}: {found['ms_per_token']:.3f} ms a token without the profiler;"
+        f"{chosen.stack}: {found['ms_per_token']:.3f} ms a token without the profiler;"
         f" with it {found['us_span']:.0f} us from kernel to kernel, {found['us_busy']:.0f} us in kernels,"
         f" {found['us_gaps']:.0f} us between them"
     )

@@ -6,40 +6,48 @@ import re
 from collections.abc import Iterable
 
 KERNEL = re.compile(r"^def triton_\w+\(.*?(?=^'''|^@|^def |\Z)", re.DOTALL | re.MULTILINE)
-ASSIGNMENT = re.compile(r"\s+(tmp\d+) = (.+)")
-VALUE = re.compile(r"\btmp\d+\b")
-PRODUCT = re.compile(r"(tmp\d+) \* (tmp\d+)")
-ROW = re.compile(r"\b[xyz]\d+\b")  # index of which a kernel has one for each of its results
-SUMMED = re.compile(r"\br\d*_\d+\b")  # index that a reduction runs over
+ASSIGNMENT = re.compile(r"^\s+(_?tmp\d+) = (.+)$", re.MULTILINE)
+VALUE = re.compile(r"\b_?tmp\d+\b")
+INDEX = re.compile(r"\b(?:[xyz]\d+|r\d*_\d+)\b")
+FACTORS = re.compile(r"(tmp\d+) \* (tmp\d+)$")
+HANDED_ON = re.compile(r"tmp\d+\.to\(|tl\.broadcast_to\(|tl\.where\(|_tmp\d+ \+ ")
 
 
 def repeated_operations(texts: Iterable[str]) -> list[int]:
-    """How many operations each kernel that multiplies a matrix with one row repeats for every block of the matrix.
+    """How many operations each kernel that adds up vector times matrix repeats for every row of the matrix.
 
-    Counted are loads, casts, constants and arithmetic before the sum whose result is the same for all rows of the
-    matrix: reading the vector, and what was inlined to make it. One number for each such kernel in `texts`.
+    A vector has fewer of the result's indices than the matrix, and none of its values depends on the row: loading it,
+    casts, and the arithmetic that was inlined to make it. One number for each such kernel in `texts`.
     """
     kernels = {kernel for text in texts for kernel in KERNEL.findall(text)}
-    counts = (_repeated(kernel.partition("tl.sum(")[0]) for kernel in sorted(kernels) if "tl.sum(" in kernel)
+    counts = (_repeated(kernel) for kernel in sorted(kernels) if "tl.sum(" in kernel)
     return [count for count in counts if count is not None]
 
 
-def _repeated(lines: str) -> int | None:
-    """None where nothing is a vector times a matrix."""
-    of_rows: set[str] = set()
-    vectors: set[str] = set()
-    count, product = 0, False
-    for name, expression in ASSIGNMENT.findall(lines):
-        used = set(VALUE.findall(expression))
-        load = expression.startswith("tl.load(")
-        index = expression.partition(",")[0] if load else ""
-        if ROW.search(index) or used & of_rows:
-            of_rows.add(name)
-            factors: set[str] = set(*PRODUCT.findall(expression)[:1])
-            product = product or bool(factors & vectors and factors & of_rows)
-            continue
-        if SUMMED.search(index) or used & vectors:
-            vectors.add(name)
-        if not load or name in vectors:  # a single number is read once
-            count += 1
-    return count if product else None
+def _repeated(kernel: str) -> int | None:
+    """None where nothing that is added up is a vector times a matrix."""
+    indices: dict[str, frozenset[str]] = {}  # that a value depends on
+    products: dict[str, frozenset[str]] = {}  # vector times matrix, and what has that value: the matrix' rows
+    found: frozenset[str] = frozenset()
+    for name, expression in ASSIGNMENT.findall(kernel):
+        used = VALUE.findall(expression)
+        written = expression.partition(",")[0] if expression.startswith("tl.load(") else expression
+        indices[name] = frozenset(INDEX.findall(written)).union(*(indices.get(value, ()) for value in used))
+        before = next((products[value] for value in used if value in products), None)
+        if "tl.sum(" in expression:
+            found = max(found, before or frozenset(), key=len)
+            indices[name] = _rows(indices[name])
+        elif factors := FACTORS.match(expression):
+            vector, matrix = sorted((indices.get(value, frozenset()) for value in factors.groups()), key=len)
+            if vector - _rows(vector) and vector < matrix and _rows(vector) < _rows(matrix):
+                products[name] = _rows(matrix)
+        elif before is not None and HANDED_ON.match(expression):
+            products[name] = before
+    if not found:
+        return None
+    return sum(bool(seen - _rows(seen)) and _rows(seen) < found for seen in indices.values())
+
+
+def _rows(indices: frozenset[str]) -> frozenset[str]:
+    """Those of the result, without those that a sum runs over."""
+    return frozenset(index for index in indices if not index.startswith("r"))

@@ -23,7 +23,9 @@ COMPILED_BY_LIBRARIES = "/flex_attention.py"  # file whose frames libraries comp
 REGION = "Torch-Compiled Region:"
 SEGMENTS = 32  # of a call that are looked at: four times the shapes for which the compiler tries a frame, by default
 SEGMENT = "benchmatrix segment "
-STORED = "realize_opcount_threshold"
+THRESHOLD = "realize_opcount_threshold"
+TUNED = ("max-autotune", "max-autotune-no-cudagraphs")  # modes with coordinate descent
+LEAST, INDUCTORS = 2, 30  # loading and casting; what Inductor takes by itself
 DYNAMIC = {"auto": None, "true": True, "false": False}
 
 
@@ -35,9 +37,9 @@ class Compile(Optimization):
     bandwidth than a library's: what decoding one sequence is made of.
 
     `realize_opcount_threshold` is Inductor's setting of that name (0: its own, 30). A value that takes more operations
-    is stored before a kernel reads it again and again; below, the kernel works it out anew. The kernel of a product
-    with one row reads its vector once for every block of the matrix's rows: with 10, norms and activations are worked
-    out once, beside the products instead of inside them.
+    is stored before it is read again and again; what takes fewer is worked out anew at each use. The kernel of a
+    product with one row reads its vector once for every block of the matrix's rows, and repeats what was inlined there:
+    norms, activations. The setting holds for the whole step, attention included.
     """
 
     name = "compile"
@@ -57,14 +59,10 @@ class Compile(Optimization):
 
     def unsupported(self, cell: Cell, device: DeviceInfo) -> str | None:
         chosen = next((item for item in cell.stack.techniques if item.name == self.name), None)
-        tuned = chosen is not None and option(chosen, "coordinate_descent")
-        if tuned and device.kind == "cpu":
+        if chosen is not None and option(chosen, "coordinate_descent") and device.kind == "cpu":
             return f"coordinate_descent of {self.name} tunes Triton kernels, a cpu has none"
-        threshold = 0 if chosen is None else int(str(option(chosen, STORED)))
-        if threshold < 0:
-            return f"{STORED} of {self.name} counts operations, {threshold} are none"
-        if threshold and not tuned:
-            return f"{STORED} of {self.name} is about products that are generated: it needs coordinate_descent=true"
+        if chosen is not None and (reason := _threshold_refused(cell, chosen, device)):
+            return reason
         refusal = super().unsupported(cell, device)
         if refusal is None and chosen is not None and device.kind == "cuda" and option(chosen, "mode") in CUDA_GRAPHS:
             return _overwritten(cell, chosen)
@@ -101,11 +99,31 @@ class Compile(Optimization):
                 "coordinate_descent_tuning': True" in text for text in generated_code().values()
             )
             ok = ok and facts["kernels_tuned"] > 0
-        if most := int(str(option(technique, STORED))):
+        if most := threshold(technique):
             repeated = repeated_operations(generated_code().values())
             facts["products"], facts["operations_repeated"] = len(repeated), max(repeated, default=0)
             ok = ok and len(repeated) > 0 and facts["operations_repeated"] <= most
         return Evidence(ok=ok, facts=facts)
+
+
+def threshold(technique: Technique) -> int:
+    return int(str(option(technique, THRESHOLD)))
+
+
+def _threshold_refused(cell: Cell, chosen: Technique, device: DeviceInfo) -> str | None:
+    """Why a threshold has no effect, or none that could be shown."""
+    asked = threshold(chosen)
+    if asked == 0:
+        return None
+    if not LEAST <= asked < INDUCTORS:
+        return f"{THRESHOLD} must be 0 or from {LEAST} to {INDUCTORS - 1}, fewer than the compiler takes, got {asked}"
+    if device.kind == "cpu":
+        return f"{THRESHOLD} is about products in Triton kernels, a cpu has none"
+    if not (option(chosen, "coordinate_descent") or option(chosen, "mode") in TUNED):
+        return f"{THRESHOLD} is about products that are generated, which coordinate_descent=true makes them"
+    if cell.workload.kind != "decode" or cell.workload.get("batch_size") != 1:
+        return f"{THRESHOLD} is about products with one row: decode with batch_size 1"
+    return None
 
 
 def _overwritten(cell: Cell, chosen: Technique) -> str | None:
@@ -127,14 +145,16 @@ def arguments(technique: Technique) -> dict[str, Any]:
         "fullgraph": bool(option(technique, "fullgraph")),
         "dynamic": DYNAMIC[str(option(technique, "dynamic"))],
     }
-    if not option(technique, "coordinate_descent"):
+    options: dict[str, Any] = {}
+    if option(technique, "coordinate_descent"):
+        options["coordinate_descent_tuning"] = True
+    if asked := threshold(technique):
+        options[THRESHOLD] = asked
+    if not options:
         return {**found, "mode": None if mode == "default" else mode}
     from torch._inductor import list_mode_options
 
-    options = {**list_mode_options(mode), "coordinate_descent_tuning": True}
-    if threshold := int(str(option(technique, STORED))):
-        options[STORED] = threshold
-    return {**found, "options": options}
+    return {**found, "options": {**list_mode_options(mode), **options}}
 
 
 def graphs_of_segments(session: Session) -> list[int]:

@@ -1,7 +1,8 @@
 """Structured pruning: the MLP channels, heads or layers that matter least are taken out: less to store and compute.
 
 The pruned checkpoint is made once (`tasks.artifacts`), in the dtype that the model was published in. With
-`recover_steps` it is then trained on the text for so many steps.
+`recover_steps` it is then trained on the text for so many steps. The default rate suits what a quarter of the MLP costs;
+where whole layers are missing three times as much recovers more, and does harm where little is.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Prune(Optimization):
         "ratio": 0.25,
         "importance": "activation",
         "recover_steps": 0,
-        "learning_rate": 0.0003,
+        "learning_rate": 0.0001,
         "text": "",
     }
     choices = {"what": WHAT, "importance": IMPORTANCE}

@@ -72,6 +72,14 @@ def proof(text: str, session: Any) -> Evidence:
                 "options": {"coordinate_descent_tuning": True, "realize_opcount_threshold": 10},
             },
         ),
+        (
+            "compile:mode=max-autotune-no-cudagraphs,realize_opcount_threshold=10",
+            {
+                "fullgraph": False,
+                "dynamic": None,
+                "options": {"max_autotune": True, "coordinate_descent_tuning": True, "realize_opcount_threshold": 10},
+            },
+        ),
     ],
 )
 def test_arguments_of_torch_compile(text: str, expected: dict[str, Any]) -> None:
@@ -93,16 +101,38 @@ def test_coordinate_descent_is_refused_on_a_cpu(bench: Any) -> None:
     assert unsupported(bench.cell("attention", "compile"), bench.device()) is None
 
 
+ONE_ROW = {"kind": "decode", "batch_size": 1}
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "workload", "device", "reason"),
     [
-        ("realize_opcount_threshold=10", "needs coordinate_descent=true"),
-        ("coordinate_descent=true,realize_opcount_threshold=-1", "counts operations"),
-        ("coordinate_descent=true,realize_opcount_threshold=10", None),
+        ("coordinate_descent=true,realize_opcount_threshold=10", ONE_ROW, "cuda", None),
+        ("mode=max-autotune-no-cudagraphs,realize_opcount_threshold=10", ONE_ROW, "cuda", None),
+        ("mode=max-autotune-no-cudagraphs,realize_opcount_threshold=10", ONE_ROW, "cpu", "a cpu has none"),
+        ("realize_opcount_threshold=10", ONE_ROW, "cuda", "coordinate_descent=true"),
+        ("coordinate_descent=true,realize_opcount_threshold=-1", ONE_ROW, "cuda", "from 2 to 29"),
+        ("coordinate_descent=true,realize_opcount_threshold=30", ONE_ROW, "cuda", "got 30"),
+        (
+            "coordinate_descent=true,realize_opcount_threshold=10",
+            {"kind": "decode", "batch_size": 2},
+            "cuda",
+            "batch_size 1",
+        ),
+        (
+            "coordinate_descent=true,realize_opcount_threshold=10",
+            {"kind": "prefill", "batch_size": 1},
+            "cuda",
+            "one row",
+        ),
     ],
 )
-def test_thresholds_that_have_no_effect_are_refused(bench: Any, options: str, reason: str | None) -> None:
-    found = unsupported(bench.cell("attention", f"compile:{options}"), bench.device("cuda"))
+def test_thresholds_that_have_no_effect_are_refused(
+    bench: Any, options: str, workload: dict[str, Any], device: str, reason: str | None
+) -> None:
+    axes = {name: value for name, value in workload.items() if name != "kind"}
+    cell = bench.cell(workload["kind"], f"compile:{options}", **axes)
+    found = unsupported(cell, bench.device(device))
     assert found is None if reason is None else reason in str(found)
 
 
