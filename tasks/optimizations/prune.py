@@ -1,8 +1,8 @@
 """Structured pruning: the MLP channels, heads or layers that matter least are taken out: less to store and compute.
 
 The pruned checkpoint is made once (`tasks.artifacts`), in the dtype that the model was published in. With
-`recover_steps` it is then trained on the text for so many steps. The default rate suits what a quarter of the MLP costs;
-where whole layers are missing three times as much recovers more, and does harm where little is.
+`recover_steps` it is then trained on the text for so many steps. The default rate suits a quarter of the MLP; where
+whole layers are missing three times as much recovers more, which does harm where little is missing.
 """
 
 from __future__ import annotations
