@@ -156,10 +156,10 @@ def _least_memory(item: Placed) -> str:
 
 
 def _estimate(sweep: Sweep, device: DeviceInfo, item: Placed) -> float:
-    """Seconds of all rounds of a cell: quality is judged in the first, which also finds the compiler's cache cold."""
+    """Seconds of all rounds of a cell: quality is judged in the first, which mostly is the one that compiles, too."""
     cell, rounds, limit_s = item.planned.cell, item.planned.rounds, sweep.limits.cell_timeout_s
     first = run_seconds(cell, device, sweep.measuring, judged=sweep.quality.enabled, cold=True)
-    later = run_seconds(cell, device, sweep.measuring, judged=False, cold=False)
+    later = run_seconds(cell, device, sweep.measuring, judged=False, cold=sweep.compile_each_round)
     return min(first, limit_s) + (rounds - 1) * min(later, limit_s)
 
 

@@ -181,7 +181,8 @@ def to_wire(jobs: Sequence[CellJob], compiled: Collection[str]) -> bytes:
     for job in jobs:
         own = {name: value for name, value in vars(job).items() if name not in _OF_THE_SLOT}
         cell_id = job.cell.cell_id
-        sent.append(own | {"cell": job.cell.to_dict(), "cell_id": cell_id, "compile_cold": cell_id not in compiled})
+        cold = job.compile_cold or cell_id not in compiled
+        sent.append(own | {"cell": job.cell.to_dict(), "cell_id": cell_id, "compile_cold": cold})
     return json.dumps(sent).encode()
 
 

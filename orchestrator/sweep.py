@@ -55,7 +55,11 @@ class Limits(Strict):
 
 
 class Sweep(Strict):
-    """A validated sweep. `optimizations` and `baseline` are canonical stacks; paths of models are absolute."""
+    """A validated sweep. `optimizations` and `baseline` are canonical stacks; paths of models are absolute.
+
+    With `compile_each_round` no round finds what another one's compiler made: intervals hold how differently tuning
+    turns out, and every round takes as long as the first.
+    """
 
     name: str = Field(default="sweep", pattern=f"^{_WORD}$")
     models: list[ModelEntry] = Field(default_factory=list)
@@ -65,6 +69,7 @@ class Sweep(Strict):
     baseline: Annotated[str, BeforeValidator(stack)] = BASELINE
     profile: str = "quick"
     rounds: int | None = Field(default=None, ge=1, le=10_000)
+    compile_each_round: bool = False
     include: list[Include] = Field(default_factory=list)
     exclude: list[Exclude] = Field(default_factory=list)
     limits: Limits = Field(default_factory=Limits)

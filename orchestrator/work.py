@@ -313,6 +313,7 @@ class SweepWork:
             "sweep": sweep.name, "profile": sweep.profile, "run_id": self._settings.run_id, "seed": sweep.seed,
             "timeout_s": sweep.limits.cell_timeout_s, "artifact_timeout_s": sweep.limits.artifact_timeout_s,
             "memory_budget_bytes": sweep.limits.memory_budget_bytes, "search_path": sweep.search_path,
+            "compile_cold": sweep.compile_each_round,
             **sweep.quality.job_fields(),
         }  # fmt: skip
 

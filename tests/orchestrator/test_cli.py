@@ -59,6 +59,13 @@ class TestPlan:
         assert decisions["baseline", "rtx3090"] == "unplaced"
         assert document["estimated_s"] > 0 and document["not_counted"] == []
 
+    def test_rounds_that_all_compile_take_longer(self, sweep: Path) -> None:
+        shared, each = (
+            json.loads(benchmatrix("plan", sweep, "--json", "--set", "optimizations=[compile]", *more).stdout)
+            for more in ((), ("--set", "compile_each_round=true"))
+        )
+        assert each["estimated_s"] > shared["estimated_s"]
+
     def test_for_the_nodes_of_a_cluster_file(self, sweep: Path, tmp_path: Path) -> None:
         tags = ["a100-80gb", "rtx3090", "rtx4060", "cpu"]
         named = f"hardware=[{','.join(tags)}]"
@@ -175,6 +182,19 @@ def test_run_from_python(sweep: Path, tmp_path: Path) -> None:
     assert finished.outcomes == {"ok": 1, "unsupported": 1}
     again = orchestrator.run(sweep, out=tmp_path / "out", overrides=overrides)
     assert again.runs == 0 and again.outcomes == finished.outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", ["false", "true"])
+def test_rounds_share_what_was_compiled_or_do_not(sweep: Path, tmp_path: Path, each: str) -> None:
+    import orchestrator
+    from analysis import load
+
+    overrides = ("quality=false", "optimizations=[compile]", "baseline=compile", f"compile_each_round={each}")
+    finished = orchestrator.run(sweep, out=tmp_path / "out", overrides=overrides)
+    assert finished.outcomes == {"ok": 1}
+    caches = load(tmp_path / "out").sort_values("round")["compile_cache"].tolist()
+    assert caches == ["cold", "cold" if each == "true" else "warm"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from orchestrator.inventory import Inventory, Node, bench_devices
 from orchestrator.journal import read_journal
 from orchestrator.patience import PatientStore
 from orchestrator.progress import Progress
-from orchestrator.slots import DISTURBED_S, BenchSlot, Phase, limit_s
+from orchestrator.slots import DISTURBED_S, BenchSlot, Phase, limit_s, to_wire
 from orchestrator.store import Store, StoreFull
 from orchestrator.sweep import make_sweep
 from orchestrator.work import RunSettings, SweepWork
@@ -142,6 +142,16 @@ def test_quality_is_measured_once_per_cell(folder: Path) -> None:
     jobs = bench.finish_all(0)
     assert sum(job.quality for job in jobs) == len({job.cell.cell_id for job in jobs})
     assert all(job.round == 0 for job in jobs if job.quality)
+    bench.store.close()
+
+
+@pytest.mark.parametrize(("asked", "cold"), [({}, False), ({"compile_each_round": True}, True)])
+def test_a_sweep_may_compile_in_each_round(folder: Path, asked: dict[str, Any], cold: bool) -> None:
+    bench = Bench(folder, "a100", **asked)
+    jobs = bench.finish_all(0)
+    known = {job.cell.cell_id for job in jobs}
+    assert [job["compile_cold"] for job in json.loads(to_wire(jobs, known))] == [cold] * len(jobs)
+    assert all(job["compile_cold"] for job in json.loads(to_wire(jobs, ())))
     bench.store.close()
 
 
