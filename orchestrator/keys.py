@@ -53,7 +53,10 @@ class KeyMaker:
         content = {item.name: found for item in cell.stack.techniques if (found := self._content(item))}
         # 1 is left out, as in keys from before there were versions
         made = {technique.name: version for technique in stack if (version := technique.artifact_version) != 1}
-        facts = {key: value for key, value in (("artifact_version", made), ("content", content)) if value}
+        # of a stack that compiles, rounds that share what was tuned stand for less than rounds that do not
+        each = self._sweep.compile_each_round and any(technique.family == "compile" for technique in stack)
+        given = {"artifact_version": made, "compile_each_round": each, "content": content}
+        facts = {key: value for key, value in given.items() if value}
         own = f"{canonical_json(facts)[1:-1]}," if facts else ""
         return result_key(f'{{"cell_id":"{cell.cell_id}",{own}{self._identities[shared]}', versions)
 

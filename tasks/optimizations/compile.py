@@ -76,7 +76,8 @@ class Compile(Optimization):
         """Every timed segment of a call runs compiled code of the step, and the options had their effects.
 
         Graphs that exist are not enough: where shapes change and `dynamic` forbids symbolic ones, the compiler gives up
-        after a few and the rest runs eagerly.
+        after a few and the rest runs eagerly. A threshold holds where no product repeats more than it allows: a high
+        one also where torch by itself would not have inlined more.
         """
         seen, mode = compilation(), str(option(technique, "mode"))
         compiled = graphs_of_segments(session)

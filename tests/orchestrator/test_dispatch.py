@@ -188,6 +188,13 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, {"seed": 1}, 8),
         ({}, {"limits": {"memory_budget_gib": 1}}, 8),
         ({}, {"limits": {"cell_timeout_s": 1}}, 0),
+        ({}, {"compile_each_round": True}, 0),
+        ({"optimizations": ["baseline", "compile"]}, {"optimizations": ["baseline", "compile"]}, 0),
+        (
+            {"optimizations": ["baseline", "compile"]},
+            {"optimizations": ["baseline", "compile"], "compile_each_round": True},
+            8,  # the compiled ones, and their baselines beside them
+        ),
     ],
 )
 def test_what_changes_a_result_makes_it_stale(
