@@ -74,8 +74,9 @@ for part in "$@"; do
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
-    profile) # where a token of the best 8B stack spends its time
-        limited 180 "$PYTHON" benchmarks/profile_decode.py random:llama-3.1-8b "$BEST" | tee "$out/profile.txt"
+    profile) # where a token spends its time: of the best 8B stack, or of what stands behind the slash
+        limited 180 "$PYTHON" benchmarks/profile_decode.py "${PROFILE_MODEL:-random:llama-3.1-8b}" "${only:-$BEST}" |
+            tee -a "$out/profile.txt"
         ;;
     train) # Marlin's kernels are compiled meanwhile, which takes two minutes of the processor
         GPTQMODEL_OFFLINE=1 limited 300 "$PYTHON" -c "$MARLIN" >"$out/marlin.txt" 2>&1 &
