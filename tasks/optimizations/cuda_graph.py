@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
     from tasks.device import DeviceInfo
     from tasks.session import Session
+    from tasks.workloads.decode import Comparison
 
 WARM_UPS = 3
-ROUNDINGS = 4  # of a logit, on the way through a model
+MOST = 0.2  # of the best logit: what is further below it is no tie, whatever rounds; a token at random is 1 below
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 
 
@@ -52,22 +53,14 @@ class CudaGraph(Optimization):
         launches = graph_launches(session)
         step: Any = session.step
         steps = step.steps
-        same, distance = step.compared(step.uncaptured())
-        facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": same}
-        if not same:
-            facts["from_the_best_logit"] = distance
-        # in half precision two kernels of one product may round a tie between two tokens differently, and from there
-        # on everything does: then each token must still be the best one, or tied with it
-        tied = not same and step.choose.generator is None and distance <= _tie(session)
-        return Evidence(ok=launches == steps > 0 and (same or tied), facts=facts)
-
-
-def _tie(session: Session) -> float:
-    """The share of a logit below which two are tied in half precision; 0 where the model has none."""
-    import torch
-
-    halves = {torch.float16, torch.bfloat16} & {parameter.dtype for parameter in session.model.parameters()}
-    return max((ROUNDINGS * torch.finfo(dtype).eps for dtype in halves), default=0.0)
+        found: Comparison = step.compared(step.uncaptured())
+        facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": found.same}
+        if not found.same:
+            facts |= {"from_the_best_logit": found.distance, "rounding_of_logits": found.rounding}
+        # two kernels of one product may round a tie between two tokens differently, and from there on everything does:
+        # then each token must still be the best one, or tied with it
+        tied = step.choose.generator is None and found.distance <= min(2 * found.rounding, MOST)
+        return Evidence(ok=launches == steps > 0 and (found.same or tied), facts=facts)
 
 
 def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:
