@@ -1,5 +1,6 @@
 """Reads Parquet, never a GPU: pairing, statistics, tables."""
 
+from analysis.baseline import against
 from analysis.coverage import Coverage, coverage
 from analysis.errors import AnalysisError
 from analysis.growth import growth_table
@@ -17,6 +18,7 @@ __all__ = [
     "AnalysisError",
     "Coverage",
     "Table",
+    "against",
     "cells",
     "comparison_table",
     "coverage",

@@ -276,6 +276,9 @@ def table(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Result folders; several are joined.")],
     format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TERMINAL,
     kind: KindOption = Kind.COMPARISON,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="STACK", help="Compare with this stack, not with the sweep's baseline.")
+    ] = None,
 ) -> None:
     """The comparison table of one or several result folders, or another kind of table.
 
@@ -284,7 +287,9 @@ def table(
     """
     from orchestrator.show import print_table
 
-    print_table(directories, kind.value, format_.value)
+    if baseline is not None and kind not in {Kind.COMPARISON, Kind.TRADEOFF}:
+        raise typer.BadParameter(f"the {kind.value} table has no baseline", param_hint="--baseline")
+    print_table(directories, kind.value, format_.value, baseline)
 
 
 def seconds(text: str) -> float:

@@ -41,13 +41,16 @@ def print_results(directory: Path, where: str) -> None:
     _print_coverage(directory, frame, where)
 
 
-def print_table(directories: Sequence[str], kind: str, format_: str) -> None:
-    """One table of one or several result folders, in one format and nothing else."""
+def print_table(directories: Sequence[str], kind: str, format_: str, baseline: str | None = None) -> None:
+    """One table of one or several result folders, in one format and nothing else; `baseline` is a stack."""
+    from analysis.baseline import against
     from analysis.control import floors, with_gate
     from analysis.growth import growth_table
     from analysis.ladder import ladder_table
 
     frame, samples = _load(directories)
+    if baseline is not None:
+        frame = against(frame, baseline)
     match kind:
         case "tradeoff":
             table = _tradeoff(frame)

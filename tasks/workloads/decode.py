@@ -272,7 +272,7 @@ class DecodeStep(Step):
         return int(self.ledger.lengths[0][row]) - (1 if self._scheduled else 0)
 
     def _read_at_once(self, row: int, tokens: Any) -> Any:
-        """Logits from which each token of a sequence was to be chosen, shape (length, vocabulary); None if one lacks."""
+        """Logits from which each token of a sequence was to be chosen, (length, vocabulary); None where one lacks."""
         import torch
 
         length = self._length(row)

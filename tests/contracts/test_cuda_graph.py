@@ -66,7 +66,7 @@ class TestGraph:
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_rounding_is_what_another_order_of_the_arithmetic_does(self, bench: Any, precision: str) -> None:
-        """Attention of another implementation gives other tokens where two are nearly as good, and none that is worse."""
+        """Another implementation of attention gives other tokens where two are nearly as good, and no worse ones."""
 
         @contextmanager
         def otherwise() -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -250,6 +251,28 @@ def test_table_kinds(decoded: Path, kind: str, text: str, format_: str) -> None:
     result = benchmatrix("table", decoded, "--kind", kind, "--format", format_)
     assert (result.returncode, result.stderr) == (0, "")
     assert any(part in result.stdout for part in text.split("|"))
+
+
+def test_table_against_another_stack(decoded: Path) -> None:
+    result = benchmatrix("table", decoded, "--baseline", "bf16+static-cache", "--format", "csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = list(csv.DictReader(result.stdout.splitlines()))
+    assert [line["optimization"] for line in lines] == ["bf16+static-cache", "bf16"] * 2
+    assert [line["is_baseline"] for line in lines] == ["True", "False"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--baseline", "bf16+static-cash"), "no cell here has the stack 'bf16+static-cash'; did you mean"),
+        (("--baseline", "bf16", "--kind", "ladder"), "the ladder table has no baseline"),
+        (("--baseline", "bf16", "--kind", "growth"), "the growth table has no baseline"),
+    ],
+)
+def test_table_against_what_is_not_there(decoded: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = benchmatrix("table", decoded, *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in " ".join(result.stderr.split())
 
 
 def test_table_growth_needs_two_lengths(decoded: Path) -> None:
