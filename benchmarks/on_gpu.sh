@@ -74,7 +74,7 @@ for part in "$@"; do
     instrumentation)
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
-    profile) # where a token spends its time: of the best 8B stack, or of what stands behind the slash
+    profile) # where a token spends its time: of the best 8B stack, or of the stack behind the slash
         limited 180 "$PYTHON" benchmarks/profile_decode.py "${PROFILE_MODEL:-random:llama-3.1-8b}" "${only:-$BEST}" |
             tee -a "$out/profile.txt"
         ;;

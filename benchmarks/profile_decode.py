@@ -2,6 +2,7 @@
 
     python benchmarks/profile_decode.py MODEL STACK [--tokens 32] [--prompt-tokens 512] [--batch-size 1]
 
+MODEL is `pocket`, `random:NAME` or `path:FOLDER`; what a stack keeps as an artifact has to be there from a run of it.
 The stack is warmed up as a cell's is, then the profiler sees some tokens of one request, its prompt left out. Printed
 are, for one token, the time from its first kernel to the next one's, the sum of its kernels, the gaps, and the kernels
 with their launches and microseconds, the longest first; the last line is the same as JSON. The profiler costs a few per
