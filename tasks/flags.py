@@ -18,6 +18,7 @@ FLAGS = {
     "not_steady": "calls still became faster or slower when the time for warming up was over (decides no verdict)",
     "passes_disagree": "calls that are waited for were faster than calls in a row, which cannot be, by more than 2 %",
     "passes_contradict": "calls that are waited for were faster than calls in a row by over 10 % (decides no verdict)",
+    "device_disagrees": "calls in a row took less time than the device alone took for them otherwise, by more than 2 %",
     "executed_instead": "it could not be forked and was started anew, unlike the others (decides no verdict)",
     "aa_failed": "equal cells differed on this machine (decides no verdict)",
     "allocation_retries": "memory was so short that cached blocks had to be given back first",

@@ -73,6 +73,11 @@ class Timings:
         series = self.series.get((measured_in, label))
         return series.values_ms if series else []
 
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the device waited for the host, as the latency pass found it."""
+        return bool(self.issue_shares) and median(self.issue_shares) > LAUNCH_BOUND
+
 
 class Passes:
     """Runs a session's step in each of the passes and keeps what it saw in `session.timings`."""
@@ -152,7 +157,7 @@ class Passes:
         if self.timings.halfwidth is None:
             self.timings.halfwidth = batch_median_halfwidth(primary)
         self._seconds_per_call = (time.perf_counter() - began) / (calls * self.timings.block)
-        self._launch_bound = median(self.timings.issue_shares) > LAUNCH_BOUND
+        self._launch_bound = self.timings.launch_bound
         self._keep("latency", kept)
         self.step.after_latency()
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Column, Metric, Missing
 from tasks.statistics import mean, median, minimum_samples, quantile, standard_deviation, tail_counts
-from tasks.timing import LAUNCH_BOUND
 
 if TYPE_CHECKING:
     from tasks.session import Session
@@ -82,9 +81,9 @@ def _device(session: Session) -> dict[str, Any]:
     values = session.timings.values("device", session.step.primary)
     if not values:
         return dict.fromkeys(_OF_THE_DEVICE, Missing(reason="the device pass was not reached"))
-    share = median(session.timings.issue_shares)
-    if share > LAUNCH_BOUND:
+    if session.timings.launch_bound:
         session.row.flag("launch_bound")
+    share = median(session.timings.issue_shares)
     return {"device_ms_p50": median(values), "device_ms_p50_n": len(values), "issue_share": share}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from tasks.metric import Column, Metric, Missing
@@ -32,13 +33,27 @@ class Throughput(Metric):
         return {"throughput_per_s": rate, "throughput_unit": step.unit}
 
     def _compare(self, session: Session, rate: float) -> None:
-        """The latency pass adds a synchronisation per segment, so it may be slower, never faster."""
-        assert session.timings is not None and session.step is not None
-        values = session.timings.values("latency", session.step.primary)
-        requests = len(session.timings.values("latency", "first_token"))
-        per_call = len(values) / requests if requests else 1.0
-        synchronised = session.step.units_per_call / (mean(values) / 1e3 * per_call)
+        """The latency pass adds a synchronisation per segment, so it may be slower, never faster.
+
+        Where the device is never without work, its own time per segment should be that of calls in a row. These were
+        seen to be up to 9 % faster in some processes, at the same clock and with as much more power.
+        """
+        assert session.timings is not None
+        synchronised = _per_s(session, "latency")
         if synchronised > rate * (1 + AGREEMENT):
             session.row.flag("passes_disagree")
         if synchronised > rate * (1 + CONTRADICTION):
             session.row.flag("passes_contradict")
+        if not session.timings.launch_bound and rate > _per_s(session, "device") * (1 + AGREEMENT):
+            session.row.flag("device_disagrees")
+
+
+def _per_s(session: Session, measured_in: str) -> float:
+    """Units per second if every segment takes what that pass found; infinite where it found nothing."""
+    assert session.timings is not None and session.step is not None
+    values = session.timings.values(measured_in, session.step.primary)
+    if not values:
+        return math.inf
+    requests = len(session.timings.values(measured_in, "first_token"))
+    per_call = len(values) / requests if requests else 1.0
+    return session.step.units_per_call / (mean(values) / 1e3 * per_call)
