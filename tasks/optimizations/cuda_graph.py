@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
     from tasks.device import DeviceInfo
     from tasks.session import Session
-    from tasks.workloads.decode import Comparison
+    from tasks.workloads._decode_compared import Comparison
 
 WARM_UPS = 3
-MOST = 0.2  # of the best logit: what is further below it is no tie, whatever rounds; a token at random is 1 below
+ROUNDINGS = 4  # of a number, on the way through a model, at least
+TIE = 0.1  # of what the best logit is above the mean: what is further below it is no tie, whatever rounds
+KEPT = 0.25  # relative difference of keys or values: beyond it they are others, whatever rounds
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 
 
@@ -54,13 +57,21 @@ class CudaGraph(Optimization):
         step: Any = session.step
         steps = step.steps
         found: Comparison = step.compared(step.uncaptured())
-        facts = {"cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": found.same}
+        facts = {
+            "cuda_graph_launches": launches, "steps": steps, "same_tokens_as_launched": found.same,
+            "cache_from_launched": _finite(found.cache), "rounding_of_cache": _finite(found.rounding),
+        }  # fmt: skip
         if not found.same:
-            facts |= {"from_the_best_logit": found.distance, "rounding_of_logits": found.rounding}
-        # two kernels of one product may round a tie between two tokens differently, and from there on everything does:
-        # then each token must still be the best one, or tied with it
-        tied = step.choose.generator is None and found.distance <= min(2 * found.rounding, MOST)
-        return Evidence(ok=launches == steps > 0 and (found.same or tied), facts=facts)
+            facts["from_the_best_logit"] = _finite(found.distance)
+        # two kernels of one product may round a tie between two tokens differently
+        least = ROUNDINGS * found.eps
+        tied = step.choose.generator is None and found.distance <= min(max(10 * found.rounding, least), TIE)
+        kept = found.cache <= min(max(3 * found.rounding, least), KEPT)
+        return Evidence(ok=launches == steps > 0 and kept and (found.same or tied), facts=facts)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:

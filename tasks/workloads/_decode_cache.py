@@ -28,8 +28,19 @@ def stored_bytes(cache: Any) -> dict[str, int]:
     """Device type -> bytes of the keys and values of a cache; quantized parts, scales and residuals included."""
     if isinstance(cache, RuntimeState):
         return cache.stored_bytes()
+    return bytes_of(_held(cache))
+
+
+def held_tensors(cache: Any) -> list[Any]:
+    """Keys and values, layer by layer, each of shape (batch, heads, positions, head size), as they are now."""
+    import torch
+
+    return [value for value in _held(cache) if isinstance(value, torch.Tensor) and value.dim() == 4]
+
+
+def _held(cache: Any) -> list[Any]:
     layers = cache.layers if cache is not None else ()
-    return bytes_of([value for layer in layers for name, value in vars(layer).items() if name.endswith(_HELD)])
+    return [value for layer in layers for name, value in vars(layer).items() if name.endswith(_HELD)]
 
 
 def bytes_of(held: Any) -> dict[str, int]:

@@ -89,10 +89,6 @@ class TokenStep(ABC):
     def next(self, ids: Any) -> Any:
         """One more token for each sequence; `ids` (batch, 1) are the last ones."""
 
-    @abstractmethod
-    def logits(self, ids: Any) -> Any:
-        """What the next tokens would be chosen from, (batch, vocabulary), not compiled; `ids` as the two above take."""
-
 
 StepFactory = Callable[["Session", Chooser, int], TokenStep]  # session, chooser, positions that a request needs
 
@@ -128,14 +124,9 @@ class CachedStep(TokenStep):
             torch.compiler.cudagraph_mark_step_begin()
         return self._step(ids, self.cache, self._choose.noise)
 
-    def logits(self, ids: Any) -> Any:
-        return self._logits(ids, self.cache)
-
-    def _logits(self, ids: Any, cache: Any) -> Any:
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
     def _one_token(self, ids: Any, cache: Any, noise: Any) -> Any:
-        return self._choose(self._logits(ids, cache), noise)
+        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self._choose(logits, noise)
 
 
 class RecomputedStep(TokenStep):
@@ -155,23 +146,14 @@ class RecomputedStep(TokenStep):
         self._sequence = None
 
     def first(self, prompt: Any) -> Any:
-        return self.next(prompt)
+        self._sequence = prompt
+        return self._step(prompt, self._choose.noise)
 
     def next(self, ids: Any) -> Any:
-        self._extend(ids)
-        return self._step(self._sequence, self._choose.noise)
-
-    def logits(self, ids: Any) -> Any:
-        self._extend(ids)
-        return self._logits(self._sequence)
-
-    def _extend(self, ids: Any) -> None:
         import torch
 
-        self._sequence = ids if self._sequence is None else torch.cat([self._sequence, ids], dim=1)
-
-    def _logits(self, ids: Any) -> Any:
-        return self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        self._sequence = torch.cat([self._sequence, ids], dim=1)
+        return self._step(self._sequence, self._choose.noise)
 
     def _whole(self, ids: Any, noise: Any) -> Any:
-        return self._choose(self._logits(ids), noise)
+        return self._choose(self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1], noise)

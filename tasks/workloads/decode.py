@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.cell import Cell, WorkloadPoint
@@ -19,6 +18,7 @@ from tasks.device import DeviceInfo
 from tasks.workload import END, SETUP, Mark, Step, Workload
 from tasks.workloads._decode_cache import growing_cache, stored_bytes
 from tasks.workloads._decode_checks import NoCheck, StopCheck
+from tasks.workloads._decode_compared import Comparison, compared
 from tasks.workloads._decode_costs import check_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths, stop_token
 from tasks.workloads._decode_steps import Chooser, Sampler, TokenStep
@@ -26,24 +26,6 @@ from tasks.workloads._inputs import token_batches, vocabulary
 
 if TYPE_CHECKING:
     from tasks.session import Session
-
-
-LOOKED_AT = 8  # sequences
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two requests' tokens; where they are not the `same`, shares of the best logit.
-
-    `distance` is how far the first request's tokens are from the greedy choice of the model that reads the whole
-    sequence at once (see `DecodeStep.distance`), `rounding` the greatest difference of any logit between that and the
-    same tokens fed one by one, launched: what another order of the same arithmetic does to this model. Both logits of a
-    tie may be that far off, so that up to twice as much is a tie.
-    """
-
-    same: bool
-    distance: float = 0.0
-    rounding: float = 0.0
 
 
 class Decode(Workload):
@@ -247,62 +229,53 @@ class DecodeStep(Step):
         return bool(ours.equal(theirs))
 
     def compared(self, otherwise: AbstractContextManager[None]) -> Comparison:
-        """A request, and the same one inside `otherwise`; of the first `LOOKED_AT` sequences that differ, how far."""
-        ours, theirs = self._tokens_twice(otherwise)
-        rows = (ours != theirs).any(1).nonzero().flatten().tolist()[:LOOKED_AT]
-        if not rows:
-            return Comparison(same=True)
-        logits = {row: self._read_at_once(row, ours[row]) for row in rows}
-        distance = max(self._below_the_best(row, ours[row], logits[row]) for row in rows)
-        # no further step where a number is none, or a token is missing
-        rounding = self._rounding(ours, logits) if math.isfinite(distance) else math.inf
-        return Comparison(same=False, distance=distance, rounding=rounding)
+        """A request as it runs now, and its tokens through steps that are launched inside `otherwise`."""
+        return compared(self, otherwise)
+
+    def chosen(self, row: int) -> int:
+        """Tokens of a sequence of the first prompts that the model chooses: without the scheduled stop."""
+        return int(self.ledger.lengths[0][row]) - (1 if self._scheduled else 0)
+
+    def forced(self, tokens: Any, columns: int) -> Iterator[Any]:
+        """What the launched step chooses for each column, (batch,), if it is given `tokens` (batch, new_tokens)."""
+        self._begin()
+        self.choose.draw()
+        yield self.source.first(self._prompts[0])
+        for column in range(1, columns):
+            self.choose.draw()
+            self.ledger.input.copy_(tokens[:, column - 1 : column])
+            yield self.source.next(self.ledger.input)
+
+    def read_at_once(self, tokens: Any, columns: int) -> None:
+        """The first prompts and so many of `tokens` through the model at once, not compiled, into the cache."""
+        import torch
+
+        self._begin()
+        self.choose.draw()
+        self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
     def distance(self, row: int, tokens: Any) -> float:
         """How far tokens of sequence `row` of the first prompts are from the greedy choice: 0 where they are that.
 
-        The model reads the whole sequence at once; what counts is the greatest share of the best logit by which that
-        of the next token lies below it. Infinite where there is no token, or no number. `tokens` has shape
-        (new_tokens,); those from the sequence's end on are not looked at.
+        The model reads the whole sequence at once; what counts is how far the logit of a token lies below the best one,
+        as a share of what the best one is above the mean, at the token where that is most. Infinite where there is no
+        token, or no number. `tokens` has shape (new_tokens,); those from the sequence's end on are not looked at.
         """
-        return self._below_the_best(row, tokens, self._read_at_once(row, tokens))
-
-    def _length(self, row: int) -> int:
-        """Tokens of a sequence of the first prompts that the model chose: without the scheduled stop."""
-        return int(self.ledger.lengths[0][row]) - (1 if self._scheduled else 0)
-
-    def _read_at_once(self, row: int, tokens: Any) -> Any:
-        """Logits from which each token of a sequence was to be chosen, (length, vocabulary); None where one lacks."""
         import torch
 
-        length = self._length(row)
-        if bool((tokens[:length] < 0).any()):
-            return None
-        ids = torch.cat([self._prompts[0][row], tokens[: length - 1]]).unsqueeze(0)
-        return self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0]
-
-    def _below_the_best(self, row: int, tokens: Any, logits: Any) -> float:
-        if logits is None or not bool(logits.isfinite().all()):
+        length = self.chosen(row)
+        tokens = tokens[:length]
+        if bool((tokens < 0).any()):
             return math.inf
-        logits = logits.float()
+        ids = torch.cat([self._prompts[0][row], tokens[:-1]]).unsqueeze(0)
+        logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0].float()
+        if not bool(logits.isfinite().all()):
+            return math.inf
+        mean = logits.mean(-1)
         if self._scheduled and self.ledger.stop is not None:
             logits[:, self.ledger.stop] = float("-inf")
         best = logits.amax(-1)
-        chosen = logits.gather(1, tokens[: len(logits)].unsqueeze(1)).squeeze(1)
-        return float(((best - chosen) / best.abs()).max())
-
-    def _rounding(self, tokens: Any, logits: Mapping[int, Any]) -> float:
-        """The greatest difference, as a share of the best logit, between sequences read at once and token by token."""
-        self._begin()
-        most = 0.0
-        for column in range(max(len(read) for read in logits.values())):
-            ids = self._prompts[0] if column == 0 else tokens[:, column - 1 : column].clamp(min=0)
-            found = self.source.logits(ids)
-            for row, read in logits.items():
-                if column < len(read):
-                    apart = (found[row].float() - read[column].float()).abs().max()
-                    most = max(most, float(apart / read[column].float().amax().abs()))
-        return most
+        return float(((best - logits.gather(1, tokens.unsqueeze(1)).squeeze(1)) / (best - mean)).max())
 
     def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
         self.run(0, _ignore)
