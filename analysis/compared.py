@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.frames import column, numbers
 from analysis.host_clock import COMPARED, COMPARED_LOOP, HIGHER_IS_BETTER, host_loops
 from analysis.pair import KEY, cells
-from analysis.verdicts import verdicts
+from analysis.verdicts import NO_PAIR, verdicts
 from tasks.flags import FLAGS
 from tasks.row import Outcome
 
@@ -152,6 +152,10 @@ def notes(row: dict[str, Any], flags: bool = True) -> list[str]:
             found.append(f"{int(row['left_out'])} flagged round(s) left out of the ratio")
         if isinstance(row.get("clock_note"), str):
             found.append(row["clock_note"])
+    elif row["rounds_ok"]:
+        found += [reason for reason in barred if reason.startswith(NO_PAIR)]
+    if not isinstance(row["baseline_id"], str):
+        found.append("nothing to compare it with was measured here")
     return found
 
 

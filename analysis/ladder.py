@@ -14,7 +14,7 @@ from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
 from analysis.pair import KEY
 from analysis.table import Field, Table
-from analysis.verdicts import verdicts
+from analysis.verdicts import NO_PAIR, verdicts
 from tasks.row import Outcome
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SECTION = ["result_dir", "model", "workload_point", "hardware"]
 SAVED = 0.05  # share of its memory that a rung must save before speed counts as its price
 _REFERENCE = " as the rung before"
-NO_PAIR = "never measured in one block with the rung before"
+APART = "never measured in one block with the rung before"
 NO_INTERVAL = "1 round: no interval"
 # Codes of reasons, in the order in which they are looked for; the first two end the search.
 NOISE, MARGIN, DOUBT, MEMORY, HOST, UNEXPLAINED = "noise", "margin", "doubtful", "memory", "host", "unexplained"
@@ -198,7 +198,7 @@ def _reasons(rung: _Line, judged: _Line, waits: bool, before_waits: bool) -> dic
 
 def _reworded(barred: str) -> str:
     """Why there is no verdict, of a rung in the place of the baseline."""
-    return NO_PAIR if barred.startswith("no pair") else barred.replace("baseline", "rung before")
+    return APART if barred.startswith(NO_PAIR) else barred.replace("baseline", "rung before")
 
 
 def _waits(line: _Line) -> bool:

@@ -43,8 +43,8 @@ LEGEND_BREAK_EVEN = (
     "one token for each of its sequences."
 )
 LEGEND_DECODE = (
-    "token/s, and speed-up when decoding: of the tokens after the first, where nothing waits for a single one; latency: "
-    "of a token that is waited for."
+    "token/s, and speed-up when decoding: of the tokens after the first, where nothing waits for a single one; "
+    "latency: of a token that is waited for."
 )
 LEGEND_REQUESTS = (
     "request ms, std, min, max: over the requests of a round, which are synchronised at first token and end; each the "

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.frames import records
-from analysis.host_clock import HIGHER_IS_BETTER, WAITED
+from analysis.host_clock import COMPARED, HIGHER_IS_BETTER, WAITED
 from analysis.inference import MARGIN, Floats, Variance, baseline_correlation, judge, moderated_variance
 from analysis.pair import KEY, cells, pairs
 from tasks.row import Outcome
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _Line = dict[str, Any]
 
+NO_PAIR = "no pair"
 FASTER, SLOWER, INDISTINGUISHABLE = "faster", "slower", "indistinguishable"
 
 
@@ -98,8 +99,9 @@ def _line(
         else:
             barred += sorted({reason for reasons in found["barred"] for reason in reasons})
     values = np.array([] if used is None else used["log_ratio"], dtype=np.float64)
-    if values.size == 0 and row["rounds_ok"] and not barred:
-        barred.append(f"no pair: {metric} is missing, or the baseline was not measured in its blocks")
+    if values.size == 0 and row["rounds_ok"] and baseline is not None and baseline["rounds_ok"]:
+        time = "its time" if metric == COMPARED else metric
+        barred.append(f"{NO_PAIR}: {time} is missing, or the baseline was not measured in its blocks")
     if values.size == 1:
         barred.append("1 round: no interval")
     return {

@@ -5,7 +5,8 @@
 #   benchmarks/on_gpu.sh OUT tests llama attention calibration instrumentation
 #
 # A part may be the name of any shipped sweep, at its scale `headline`; what stands behind a slash are the cells that it
-# is limited to, as `--only` takes them: decode-ladder/new_tokens=100. With DEADLINE (seconds since 1970) nothing goes
+# is limited to, as `--only` takes them: decode-ladder/new_tokens=100. `profile` has a stack there, of the model
+# PROFILE_MODEL (random:NAME, path:FOLDER) with PROFILE_PROMPT tokens of prompt. With DEADLINE (seconds since 1970) nothing goes
 # on beyond it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -75,7 +76,8 @@ for part in "$@"; do
         limited 120 "$PYTHON" benchmarks/instrumentation.py --pairs "${PAIRS:-12}"
         ;;
     profile) # where a token spends its time: of the best 8B stack, or of the stack behind the slash
-        limited 180 "$PYTHON" benchmarks/profile_decode.py "${PROFILE_MODEL:-random:llama-3.1-8b}" "${only:-$BEST}" |
+        limited 180 "$PYTHON" benchmarks/profile_decode.py "${PROFILE_MODEL:-random:llama-3.1-8b}" "${only:-$BEST}" \
+            --prompt-tokens "${PROFILE_PROMPT:-512}" |
             tee -a "$out/profile.txt"
         ;;
     train) # Marlin's kernels are compiled meanwhile, which takes two minutes of the processor

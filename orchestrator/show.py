@@ -45,12 +45,16 @@ def print_table(directories: Sequence[str], kind: str, format_: str, baseline: s
     """One table of one or several result folders, in one format and nothing else; `baseline` is a stack."""
     from analysis.baseline import against
     from analysis.control import floors, with_gate
+    from analysis.errors import AnalysisError
     from analysis.growth import growth_table
     from analysis.ladder import ladder_table
 
     frame, samples = _load(directories)
     if baseline is not None:
-        frame = against(frame, baseline)
+        try:
+            frame = against(frame, baseline)
+        except AnalysisError as error:
+            raise AnalysisError(f"--baseline: {error}") from None
     match kind:
         case "tradeoff":
             table = _tradeoff(frame)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from analysis import against, comparison_table, verdicts
+from analysis import against, comparison_table, tradeoff_table, verdicts
 from analysis.errors import AnalysisError
 
 Loaded = Callable[..., pd.DataFrame]
@@ -48,9 +48,45 @@ def test_each_hardware_has_its_own_and_may_have_none(build: SimpleNamespace, loa
     there, here = table[table["hardware"] == "h200"], table[table["hardware"] == "cpu"]
     assert there["is_baseline"].sum() == 1 and there["speedup"].notna().sum() == 3
     assert here["is_baseline"].sum() == 0 and here["speedup"].isna().all() and len(here) == 2
+    assert all("nothing to compare it with was measured here" in notes for notes in here["notes"])
 
 
-def test_order_of_techniques_and_defaults_do_not_matter(build: SimpleNamespace, loaded: Loaded) -> None:
+def test_what_was_measured_elsewhere_has_no_pair(build: SimpleNamespace, loaded: Loaded) -> None:
+    """A retry runs in a block with the sweep's own baseline: with another one there is no ratio, and a note says so."""
+    rows = build.sweep(speed=SPEED, stacks=("baseline", "bf16"))
+    failed = [build.row(build.cell("nf4"), round_, outcome="invalid") for round_ in range(2)]
+    again = [build.row(build.cell(stack), 5, 10.0) for stack in ("baseline", "nf4")]
+    for name, ratio in (("baseline", True), ("bf16", False)):
+        table = comparison_table(against(loaded([*rows, *failed, *again], name), name)).frame
+        line = table[table["optimization"] == "nf4"].iloc[0]
+        assert (line["speedup"] == line["speedup"]) == ratio
+        assert any("no pair" in note for note in line["notes"]) != ratio
+
+
+def test_two_folders(build: SimpleNamespace, loaded: Loaded) -> None:
+    one = loaded(build.sweep(speed=SPEED), "one")
+    two = loaded(build.sweep(speed={"bf16": 4.0}, stacks=("baseline", "bf16")), "two")
+    judged = verdicts(against(pd.concat([one, two], ignore_index=True), "bf16"))
+    found = judged[judged["cell_id"] == build.cell().cell_id].set_index("result_dir")["ratio"]
+    assert sorted(found) == pytest.approx([2.0, 4.0], rel=0.02)
+
+
+def test_rows_without_a_group_stay_without(build: SimpleNamespace, loaded: Loaded) -> None:
+    rows = build.sweep(speed=SPEED)
+    for row in rows:
+        if row["optimization"] == "nf4":
+            row |= {"group_id": None, "baseline_id": None}
+    frame = against(loaded(rows), "bf16")
+    assert frame["baseline_id"].isna().tolist() == (frame["optimization"] == "nf4").tolist()
+
+
+def test_tradeoff(build: SimpleNamespace, loaded: Loaded) -> None:
+    table = tradeoff_table(against(loaded(build.sweep(speed=SPEED, hardware=("h200", "cpu"))), "bf16")).frame
+    ratios = table.set_index("optimization").loc["baseline", ["h200.ratio", "cpu.ratio"]]
+    assert ratios.tolist() == pytest.approx([0.5, 0.5], rel=0.02)
+
+
+def test_order_of_techniques_does_not_matter(build: SimpleNamespace, loaded: Loaded) -> None:
     frame = loaded(build.sweep(speed=SPEED))
     for text in ("sdpa-flash + bf16", "bf16+sdpa-flash"):
         pd.testing.assert_frame_equal(against(frame, text), against(frame, "bf16+sdpa-flash"))

@@ -87,7 +87,7 @@ def test_decoding_is_compared_by_whole_requests(build: SimpleNamespace, loaded: 
     lines = {}
     for kind in ("prefill", "decode"):
         table = comparison_table(loaded([row | {"workload": kind} for row in rows]))
-        assert any("whole requests" in text for text in table.remarks()) == (kind == "decode")
+        assert any("of the tokens after the first" in text for text in table.remarks()) == (kind == "decode")
         lines[kind] = table.frame.iloc[1]
     assert lines["prefill"]["verdict"] == "indistinguishable"
     assert lines["prefill"]["speedup"] == pytest.approx(1.0, rel=0.02)
