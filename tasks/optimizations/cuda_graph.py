@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.workloads._decode_compared import Comparison
 
 WARM_UPS = 3
-ROUNDINGS = 4  # of a number, on the way through a model, at least
+ROUNDINGS = 8  # that the numbers in a cache may differ by at least, on their way through a model
 TIE = 0.1  # of what the best logit is above the mean: what is further below it is no tie, whatever rounds
 KEPT = 0.25  # relative difference of keys or values: beyond it they are others, whatever rounds
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
