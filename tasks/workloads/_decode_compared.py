@@ -42,7 +42,7 @@ def compared(step: DecodeStep, otherwise: AbstractContextManager[None]) -> Compa
     """The first request as `step` runs it now, compared with launched steps inside `otherwise`."""
     import torch
 
-    step.run(0, lambda _label: None)
+    step.run(0, _ignore)
     tokens = step.ledger.result()
     if step.ledger.problems(0):
         return Comparison(same=False, distance=math.inf, cache=math.inf)
@@ -55,13 +55,17 @@ def compared(step: DecodeStep, otherwise: AbstractContextManager[None]) -> Compa
     differ = ((chosen != tokens[:, : len(columns)]) & (columns < lengths[:, None])).any(1).nonzero().flatten().tolist()
     theirs = _kept(step)
     step.read_at_once(tokens, len(columns) - 1)
+    rounding = _apart(theirs, step, lengths)
+    distance = max((step.distance(row, tokens[row]) for row in differ[:LOOKED_AT]), default=0.0)
+    step.run(0, _ignore)  # so that ledger and cache are those of a request again
     return Comparison(
-        same=not differ,
-        distance=max((step.distance(row, tokens[row]) for row in differ[:LOOKED_AT]), default=0.0),
-        cache=cache,
-        rounding=_apart(theirs, step, lengths),
+        same=not differ, distance=distance, cache=cache, rounding=rounding,
         eps=max(torch.finfo(value.dtype).eps for value in theirs),
-    )
+    )  # fmt: skip
+
+
+def _ignore(_label: str) -> None:
+    return
 
 
 def _launched(step: DecodeStep, tokens: Any, columns: int) -> Iterator[Any]:

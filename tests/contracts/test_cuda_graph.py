@@ -97,6 +97,7 @@ class TestGraph:
         with bench.live(job, calls=0) as session:
             session.settings.capture = capture
             found = session.step.compared(session.step.uncaptured())
+            assert session.step.problems() == []
         limit = max(3 * found.rounding, cuda_graph.ROUNDINGS * found.eps)
         assert found.rounding < (1e-4 if precision == "fp32" else 0.03)
         assert (found.cache <= limit) == (not fault), found
