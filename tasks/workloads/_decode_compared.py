@@ -91,9 +91,15 @@ def _apart(before: list[Any], step: DecodeStep, lengths: Any) -> float:
         old = (positions < step.prompt_tokens).expand_as(new)
         # a layer that keeps a window only has no room for all: then everything in it counts
         parts = (old, new) if now.shape[2] >= int(ends.max()) else (torch.ones_like(new),)
-        difference = kept.to(now.device).float() - now.float()
-        for part in parts:
-            size = (now.float() * part[:, None, :, None]).norm()
-            found = float((difference * part[:, None, :, None]).norm() / size) if bool(part.any()) else 0.0
-            worst = max(worst, found if math.isfinite(found) else math.inf)
+        apart, size = (torch.zeros(len(parts), device=now.device) for _ in range(2))
+        for row in range(len(now)):  # one by one, since there may be little memory left
+            here = now[row].float()
+            difference = kept[row].to(now.device).float() - here
+            for index, part in enumerate(parts):
+                inside = part[row][None, :, None]
+                apart[index] += (difference * inside).square().sum()
+                size[index] += (here * inside).square().sum()
+        for found, whole in zip(apart.sqrt().tolist(), size.sqrt().tolist(), strict=True):
+            if not math.isfinite(found + whole) or found > 0:
+                worst = max(worst, found / whole if whole > 0 and math.isfinite(found / whole) else math.inf)
     return worst
