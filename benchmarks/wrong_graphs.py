@@ -4,15 +4,17 @@
 
 MODEL is `pocket`, `random:NAME` or `path:FOLDER`; STACK has a static cache. In the place of a graph each replay is a
 launched step: with attention by another kernel, which only rounds differently, or with a fault. What is printed is what
-`DecodeStep.compared` finds: whether launched steps choose the same tokens, how far below the best one they are if not,
-how far keys and values are from those of launched steps, and how far rounding alone takes these. No graph is captured,
-so that this runs on any machine.
+`DecodeStep.compared` finds, and what the evidence makes of it: whether launched steps choose the same tokens, how far
+below the best one they are if not, how far keys and values are from those of launched steps, and how far rounding alone
+takes these. No graph is captured, so that this runs on any machine.
 """
 
 import argparse
 from contextlib import contextmanager, nullcontext
 
 from instrumentation import open_session
+
+from tasks.optimizations.cuda_graph import accepted
 
 
 @contextmanager
@@ -85,11 +87,11 @@ def show(model, stack, axes):
     with session.contexts():
         for name, capture in cases(session):
             session.settings.capture, session.step._captured = capture, None
-            found = session.step.compared(session.step.uncaptured())
+            found = session.step.compared()
             below = "" if found.same else f"{found.distance:.2%}"
-            print(
-                f"| {stack} | {name} | {found.same} | {below} | {found.cache:.2%} | {found.rounding:.2%} |", flush=True
-            )
+            verdict = "accepted" if accepted(found) else "refused"
+            apart = f"{found.cache:.2%} | {found.rounding:.2%}"
+            print(f"| {stack} | {name} | {found.same} | {below} | {apart} | {verdict} |", flush=True)
 
 
 def main():
@@ -100,8 +102,8 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=24)
     chosen = parser.parse_args()
     axes = {"batch_size": 1, "prompt_tokens": chosen.prompt_tokens, "new_tokens": chosen.new_tokens}
-    print("| stack | in the place of a graph | same tokens | below the best | keys and values | by rounding |")
-    print("|---|---|---|---:|---:|---:|")
+    print("| stack | in the place of a graph | same tokens | below the best | keys and values | by rounding | graph |")
+    print("|---|---|---|---:|---:|---:|---|")
     for stack in chosen.stacks:
         show(chosen.model, stack, axes)
 

@@ -7,8 +7,6 @@ the same tokens with half of their cache lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +16,18 @@ if TYPE_CHECKING:
     from tasks.workloads.decode import DecodeStep
 
 LOOKED_AT = 8  # sequences
+BLOCK = 64  # positions
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A request of the loop, and its tokens given to launched steps one by one.
 
-    `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens of the first
-    sequences that differ are from the greedy choice (`DecodeStep.distance`). `cache`: the greatest relative difference
-    (Frobenius norm) of any layer's keys or values, of the prompt or of the new tokens. `rounding`: the same between the
-    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model. `eps`
-    is that of the cache's dtype.
+    `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens of those sequences
+    that differ most are from what was to be chosen (`DecodeStep.distance`). `cache`: the greatest relative difference
+    (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same between the
+    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model; 0
+    where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
     """
 
     same: bool
@@ -38,68 +37,76 @@ class Comparison:
     eps: float = 0.0
 
 
-def compared(step: DecodeStep, otherwise: AbstractContextManager[None]) -> Comparison:
-    """The first request as `step` runs it now, compared with launched steps inside `otherwise`."""
+def compared(step: DecodeStep) -> Comparison:
+    """The first request as `step` runs it now, compared with launched steps; leaves the state after a request."""
     import torch
 
     step.run(0, _ignore)
-    tokens = step.ledger.result()
-    if step.ledger.problems(0):
+    fed, tokens = step.steps, step.ledger.result()
+    ours = _on_the_host(step)
+    if step.ledger.problems(0) or not ours:
         return Comparison(same=False, distance=math.inf, cache=math.inf)
-    lengths = torch.tensor([step.chosen(row) for row in range(len(tokens))], device=tokens.device)
-    columns = torch.arange(int(lengths.max()), device=tokens.device)
-    ours = _kept(step)
-    with otherwise:
-        chosen = torch.stack(list(_launched(step, tokens, len(columns))), dim=1)
-    cache = _apart(ours, step, lengths)
-    differ = ((chosen != tokens[:, : len(columns)]) & (columns < lengths[:, None])).any(1).nonzero().flatten().tolist()
-    theirs = _kept(step)
-    step.read_at_once(tokens, len(columns) - 1)
-    rounding = _apart(theirs, step, lengths)
-    distance = max((step.distance(row, tokens[row]) for row in differ[:LOOKED_AT]), default=0.0)
-    step.run(0, _ignore)  # so that ledger and cache are those of a request again
-    return Comparison(
-        same=not differ, distance=distance, cache=cache, rounding=rounding,
-        eps=max(torch.finfo(value.dtype).eps for value in theirs),
-    )  # fmt: skip
+    lengths = torch.tensor([step.chosen_length(row) for row in range(len(tokens))], device=tokens.device)
+    launched = torch.stack([chosen.clone() for chosen in step.forced(tokens, fed + 1)], dim=1)
+    columns = torch.arange(fed + 1, device=tokens.device)
+    differ = ((launched != tokens[:, : fed + 1]) & (columns < lengths[:, None])).sum(1)
+    cache, rounding = _apart(ours, step, lengths), 0.0
+    del ours
+    same = not bool(differ.any())
+    if cache > 0 or not same:
+        rounding = _rounding(step, tokens, fed, lengths)
+    rows = differ.argsort(descending=True)[: min(LOOKED_AT, int((differ > 0).sum()))].tolist()
+    distance = max((step.distance(row, tokens[row]) for row in rows), default=0.0)
+    step.run(0, _ignore)
+    eps = max(torch.finfo(value.dtype).eps for value in held_tensors(step.cache))
+    return Comparison(same=same, distance=distance, cache=cache, rounding=rounding, eps=eps)
 
 
 def _ignore(_label: str) -> None:
     return
 
 
-def _launched(step: DecodeStep, tokens: Any, columns: int) -> Iterator[Any]:
-    """What the step chooses, (batch,) for each column, if it is given these tokens."""
-    for token in step.forced(tokens, columns):
-        yield token.clone()
-
-
-def _kept(step: DecodeStep) -> list[Any]:
-    """Copies of the keys and values on the host, where there is room for them."""
+def _on_the_host(step: DecodeStep) -> list[Any]:
+    """Copies of keys and values: they may be most of what the device holds."""
     return [value.to("cpu", copy=True) for value in held_tensors(step.cache)]
 
 
+def _rounding(step: DecodeStep, tokens: Any, fed: int, lengths: Any) -> float:
+    launched = _on_the_host(step)
+    try:
+        step.read_at_once(tokens, fed)
+    except RuntimeError:  # out of memory too: shapes that no request has, and that not every kernel takes
+        return 0.0
+    return _apart(launched, step, lengths)
+
+
 def _apart(before: list[Any], step: DecodeStep, lengths: Any) -> float:
+    """The greatest relative difference of keys or values from what they were `before`; infinite where one is none.
+
+    Looked at are the prompt and the tokens that were fed before a sequence ended.
+    """
     import torch
 
     worst = 0.0
-    for kept, now in zip(before, held_tensors(step.cache), strict=True):
-        # (batch, heads, positions, head size); a token is written when it is fed, the last one never is
-        positions = torch.arange(now.shape[2], device=now.device)
-        ends = step.prompt_tokens + lengths[:, None] - 1
-        new = (positions >= step.prompt_tokens) & (positions < ends)
-        old = (positions < step.prompt_tokens).expand_as(new)
-        # a layer that keeps a window only has no room for all: then everything in it counts
-        parts = (old, new) if now.shape[2] >= int(ends.max()) else (torch.ones_like(new),)
-        apart, size = (torch.zeros(len(parts), device=now.device) for _ in range(2))
-        for row in range(len(now)):  # one by one, since there may be little memory left
-            here = now[row].float()
-            difference = kept[row].to(now.device).float() - here
-            for index, part in enumerate(parts):
-                inside = part[row][None, :, None]
-                apart[index] += (difference * inside).square().sum()
-                size[index] += (here * inside).square().sum()
-        for found, whole in zip(apart.sqrt().tolist(), size.sqrt().tolist(), strict=True):
-            if not math.isfinite(found + whole) or found > 0:
-                worst = max(worst, found / whole if whole > 0 and math.isfinite(found / whole) else math.inf)
+    for kept, now in zip(before, held_tensors(step.cache), strict=True):  # (batch, heads, positions, head size)
+        ends = (step.prompt_tokens + lengths - 1).tolist()
+        whole = now.shape[2] >= max(ends)  # a layer that keeps a window only has no room for all: it is full then
+        for row, end in enumerate(ends):  # one by one, since there may be little memory left
+            until = end if whole else now.shape[2]
+            here = now[row, :, :until].float()
+            difference = kept[row, :, :until].to(now.device).float() - here
+            squares = [_blocks(value.square().sum((0, 2)), step.prompt_tokens) for value in (difference, here)]
+            ratio = (squares[0] / squares[1]).sqrt()
+            ratio = torch.where(squares[0] == 0, 0.0, ratio)
+            worst = max(worst, *(value if math.isfinite(value) else math.inf for value in ratio.tolist()))
     return worst
+
+
+def _blocks(values: Any, prompt_tokens: int) -> Any:
+    """Sums over blocks of positions, none of which holds both prompt and new tokens."""
+    import torch
+
+    parts = [
+        part for half in (values[:prompt_tokens], values[prompt_tokens:]) for part in half.split(BLOCK) if len(part)
+    ]
+    return torch.stack([part.sum() for part in parts])

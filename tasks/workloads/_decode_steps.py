@@ -36,6 +36,10 @@ class Chooser:
         """Token ids, shape (batch,), of logits, shape (batch, vocabulary)."""
         return self._allowed(logits).argmax(-1)
 
+    def scores(self, logits: Any, index: int, row: int) -> Any:
+        """Of which the greatest is chosen, for logits (length, vocabulary) of sequence `row` of request `index`."""
+        return logits
+
     def _allowed(self, logits: Any) -> Any:
         if self._banned is not None:
             logits.select(-1, self._banned).fill_(float("-inf"))
@@ -66,6 +70,16 @@ class Sampler(Chooser):
     def __call__(self, logits: Any, noise: Any) -> Any:
         probabilities = (self._allowed(logits).float() / self._temperature).softmax(-1)
         return (probabilities / noise).argmax(-1)
+
+    def scores(self, logits: Any, index: int, row: int) -> Any:
+        import torch
+
+        self.begin(index)
+        drawn = []
+        for _ in range(len(logits)):
+            self.draw()
+            drawn.append(self.noise[row].log())
+        return (logits.float() / self._temperature).log_softmax(-1) - torch.stack(drawn)
 
 
 class TokenStep(ABC):

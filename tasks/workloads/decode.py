@@ -228,11 +228,11 @@ class DecodeStep(Step):
         ours, theirs = self._tokens_twice(otherwise)
         return bool(ours.equal(theirs))
 
-    def compared(self, otherwise: AbstractContextManager[None]) -> Comparison:
-        """A request as it runs now, and its tokens through steps that are launched inside `otherwise`."""
-        return compared(self, otherwise)
+    def compared(self) -> Comparison:
+        """A request as it runs now, and its tokens through launched steps."""
+        return compared(self)
 
-    def chosen(self, row: int) -> int:
+    def chosen_length(self, row: int) -> int:
         """Tokens of a sequence of the first prompts that the model chooses: without the scheduled stop."""
         return int(self.ledger.lengths[0][row]) - (1 if self._scheduled else 0)
 
@@ -255,15 +255,16 @@ class DecodeStep(Step):
         self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
     def distance(self, row: int, tokens: Any) -> float:
-        """How far tokens of sequence `row` of the first prompts are from the greedy choice: 0 where they are that.
+        """How far tokens of sequence `row` of the first prompts are from what was to be chosen: 0 where they are that.
 
-        The model reads the whole sequence at once; what counts is how far the logit of a token lies below the best one,
-        as a share of what the best one is above the mean, at the token where that is most. Infinite where there is no
-        token, or no number. `tokens` has shape (new_tokens,); those from the sequence's end on are not looked at.
+        The model reads the whole sequence at once; what counts is how far the score of a token (its logit; where it is
+        sampled, with the noise of its draw) lies below the best one, as a share of what the best one is above the mean,
+        at the token where that is most. Infinite where there is no token, or no number. `tokens` has shape
+        (new_tokens,); those from the sequence's end on are not looked at.
         """
         import torch
 
-        length = self.chosen(row)
+        length = self.chosen_length(row)
         tokens = tokens[:length]
         if bool((tokens < 0).any()):
             return math.inf
@@ -271,11 +272,12 @@ class DecodeStep(Step):
         logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0].float()
         if not bool(logits.isfinite().all()):
             return math.inf
-        mean = logits.mean(-1)
+        scores = self.choose.scores(logits, 0, row)
+        mean = scores.mean(-1)
         if self._scheduled and self.ledger.stop is not None:
-            logits[:, self.ledger.stop] = float("-inf")
-        best = logits.amax(-1)
-        return float(((best - logits.gather(1, tokens.unsqueeze(1)).squeeze(1)) / (best - mean)).max())
+            scores[:, self.ledger.stop] = float("-inf")
+        best = scores.amax(-1)
+        return float(((best - scores.gather(1, tokens.unsqueeze(1)).squeeze(1)) / (best - mean)).max())
 
     def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
         self.run(0, _ignore)
