@@ -90,7 +90,7 @@ def show(model, stack, axes):
             found = session.step.compared()
             below = "" if found.same else f"{found.distance:.2%}"
             verdict = "accepted" if accepted(found) else "refused"
-            apart = f"{found.cache:.2%} | {found.rounding:.2%}"
+            apart = f"{found.cache:.2%} | {'' if found.rounding is None else f'{found.rounding:.2%}'}"
             print(f"| {stack} | {name} | {found.same} | {below} | {apart} | {verdict} |", flush=True)
 
 

@@ -71,13 +71,13 @@ def accepted(found: Comparison) -> bool:
 
     Two kernels of one product may round a tie between two tokens differently; a token may be that far below the best.
     """
-    least = ROUNDINGS * found.eps
-    kept = found.cache <= min(max(3 * found.rounding, least), KEPT)
-    return kept and (found.same or found.distance <= min(max(10 * found.rounding, least), TIE))
+    least, rounding = ROUNDINGS * found.eps, found.rounding or 0.0
+    kept = found.cache <= min(max(3 * rounding, least), KEPT)
+    return kept and (found.same or found.distance <= min(max(10 * rounding, least), TIE))
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Callable[[], None]:

@@ -26,14 +26,14 @@ class Comparison:
     `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens of those sequences
     that differ most are from what was to be chosen (`DecodeStep.distance`). `cache`: the greatest relative difference
     (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same between the
-    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model; 0
+    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model; None
     where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
     """
 
     same: bool
     distance: float = 0.0
     cache: float = 0.0
-    rounding: float = 0.0
+    rounding: float | None = None
     eps: float = 0.0
 
 
@@ -50,11 +50,10 @@ def compared(step: DecodeStep) -> Comparison:
     launched = torch.stack([chosen.clone() for chosen in step.forced(tokens, fed + 1)], dim=1)
     columns = torch.arange(fed + 1, device=tokens.device)
     differ = ((launched != tokens[:, : fed + 1]) & (columns < lengths[:, None])).sum(1)
-    cache, rounding = _apart(ours, step, lengths), 0.0
+    cache = _apart(ours, step, lengths)
     del ours
     same = not bool(differ.any())
-    if cache > 0 or not same:
-        rounding = _rounding(step, tokens, fed, lengths)
+    rounding = None if same and cache == 0 else _rounding(step, tokens, fed, lengths)
     rows = differ.argsort(descending=True)[: min(LOOKED_AT, int((differ > 0).sum()))].tolist()
     distance = max((step.distance(row, tokens[row]) for row in rows), default=0.0)
     step.run(0, _ignore)
@@ -71,12 +70,12 @@ def _on_the_host(step: DecodeStep) -> list[Any]:
     return [value.to("cpu", copy=True) for value in held_tensors(step.cache)]
 
 
-def _rounding(step: DecodeStep, tokens: Any, fed: int, lengths: Any) -> float:
+def _rounding(step: DecodeStep, tokens: Any, fed: int, lengths: Any) -> float | None:
     launched = _on_the_host(step)
     try:
         step.read_at_once(tokens, fed)
     except RuntimeError:  # out of memory too: shapes that no request has, and that not every kernel takes
-        return 0.0
+        return None
     return _apart(launched, step, lengths)
 
 

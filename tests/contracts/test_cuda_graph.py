@@ -70,6 +70,7 @@ class TestGraph:
         assert not found.same
         assert found.distance > 0.1
         assert found.cache > 0.1
+        assert found.rounding is not None
         assert found.rounding < 1e-4
 
     @pytest.mark.parametrize("stop", ["none", "eos"])
@@ -104,6 +105,7 @@ class TestGraph:
             session.settings.capture = capture
             found = session.step.compared()
             assert session.step.problems() == []
+        assert found.rounding is not None
         assert found.rounding < (1e-4 if precision == "fp32" else 0.03)
         assert accepted(found) == (not fault), found
         assert found.cache > (0.09 if fault else 0)
@@ -158,6 +160,30 @@ class TestGraph:
             assert {value.shape[2] for value in held_tensors(session.step.cache)} == {16, prompt + 20}
         assert accepted(found), found
         assert found.cache == 0
+
+    def test_what_cannot_be_read_at_once(self, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rounding is unknown then, and the floor decides."""
+
+        def too_much(tokens: Any, columns: int) -> None:
+            raise torch.OutOfMemoryError("no room for the activations of all tokens")
+
+        def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
+            def replay() -> None:
+                advance()
+                for layer in session.step.cache.layers:
+                    layer.values[:, :, AXES["prompt_tokens"] :].mul_(factor)
+
+            return replay
+
+        job = bench.job(bench.cell("decode", "bf16+static-cache", **AXES))
+        with bench.live(job, calls=0) as session:
+            monkeypatch.setattr(session.step, "read_at_once", too_much)
+            for factor in (1 + 2**-7, 1.1):
+                session.settings.capture, session.step._captured = capture, None
+                found = session.step.compared()
+                assert found.rounding is None
+                assert found.cache > 0
+                assert accepted(found) == (factor < 1.1), found
 
     def test_one_wrong_sequence_of_many(self, bench: Any) -> None:
         def capture(restart: Callable[[], None], advance: Callable[[], None], generators: list[Any]) -> Any:
