@@ -22,7 +22,6 @@ def against(frame: pd.DataFrame, stack: str) -> pd.DataFrame:
     Raises:
         AnalysisError: no cell has this stack, with those that there are.
     """
-
     known = [str(item) for item in frame["optimization"].dropna().unique()]
     chosen = frame[frame["optimization"] == (stack if stack in known else _in_full(stack))]
     if chosen.empty:

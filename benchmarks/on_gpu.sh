@@ -6,8 +6,8 @@
 #
 # A part may be the name of any shipped sweep, at its scale `headline`; what stands behind a slash are the cells that it
 # is limited to, as `--only` takes them: decode-ladder/new_tokens=100. `profile` has a stack there, of the model
-# PROFILE_MODEL (random:NAME, path:FOLDER) with PROFILE_PROMPT tokens of prompt. With DEADLINE (seconds since 1970) nothing goes
-# on beyond it.
+# PROFILE_MODEL (random:NAME, path:FOLDER) with PROFILE_PROMPT tokens of prompt. With DEADLINE (seconds since 1970)
+# nothing goes on beyond it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1

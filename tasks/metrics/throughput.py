@@ -49,11 +49,11 @@ class Throughput(Metric):
 
 
 def _per_s(session: Session, measured_in: str) -> float:
-    """Units per second if every segment takes what that pass found; infinite where it found nothing."""
+    """Units per second if every segment takes what that pass found; NaN, never more, where it found nothing."""
     assert session.timings is not None and session.step is not None
     values = session.timings.values(measured_in, session.step.primary)
     if not values:
-        return math.inf
+        return math.nan
     requests = len(session.timings.values(measured_in, "first_token"))
     per_call = len(values) / requests if requests else 1.0
     return session.step.units_per_call / (mean(values) / 1e3 * per_call)

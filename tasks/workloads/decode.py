@@ -251,7 +251,6 @@ class DecodeStep(Step):
         import torch
 
         self._begin()
-        self.choose.draw()
         self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
     def distance(self, row: int, tokens: Any) -> float:
