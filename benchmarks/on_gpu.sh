@@ -89,6 +89,11 @@ for part in "$@"; do
         sweep "${SYSTEMATIC_S:-900}" systematic systematic --set scale=gpu \
             --set "models=[{id: gpt2-size, path: $out/trained}]" ${only:+--only "$only"}
         ;;
+    onnx) # ONNX Runtime's CUDA provider, of the model that `train` has left (in OUT, or in TRAINED)
+        sweep "${ONNX_S:-200}" systematic onnx --set scale=gpu --set baseline=fp32 --set 'include=[]' \
+            --set 'optimizations=[fp32, onnx, onnx-int8, onnx-int4]' \
+            --set "models=[{id: gpt2-size, path: ${TRAINED:-$out/trained}}]"
+        ;;
     systematic-8b)
         sweep "${SYSTEMATIC_8B_S:-600}" systematic systematic-8b --set scale=8b ${only:+--only "$only"}
         ;;

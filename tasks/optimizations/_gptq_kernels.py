@@ -6,15 +6,18 @@ Importing it changes the process (allocator settings, folders, the root logger):
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from tasks.metrics.parameters import storage_bytes
 from tasks.models.packing import Packing
@@ -23,6 +26,7 @@ from tasks.optimization import Unsupported, out_of_memory
 if TYPE_CHECKING:
     import torch
 
+_LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of `one_operation`, by their keys
 # room for reductions, and what one kernel keeps unpacked after its first call
 SCRATCH = ("workspace", "_g_idx_long_cache", "_zeros_cache")
 
@@ -176,7 +180,8 @@ def layer_of(cls: Any, kernel: Kernel, tensors: dict[str, torch.Tensor], packing
             layer.register_buffer(name, held)
     if hasattr(layer, "compute_dtype"):
         layer.compute_dtype = dtype
-    return _finished(layer, zeros_less_one=packing.zeros_less_one)
+    layer = _finished(layer, zeros_less_one=packing.zeros_less_one)
+    return one_operation(layer) if kernel.compiled else layer
 
 
 def _finished(layer: Any, *, zeros_less_one: bool) -> Any:
@@ -207,6 +212,45 @@ def _finished(layer: Any, *, zeros_less_one: bool) -> Any:
             delattr(layer, name)
             layer.register_buffer(name, value, persistent=False)
     return layer
+
+
+def one_operation(layer: Any) -> Any:
+    """Make a layer one operation for `torch.compile`, which cannot look into an extension that was compiled apart.
+
+    The library's operators say of themselves that they change their arguments and return one of them, and how they are
+    found breaks the graph at every layer. Run eagerly the layer is as it was. Returns the layer.
+    """
+    _LAYERS[id(layer)], layer.operation_key = layer, id(layer)
+    layer.operation = _packed_linear()
+    layer.forward = MethodType(_forward, layer)
+    return layer
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if torch.compiler.is_compiling():
+        return layer.operation(x, layer.operation_key, layer.out_features)  # type: ignore[no-any-return]
+    return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _packed_linear() -> Callable[..., torch.Tensor]:
+    """The operator: (..., inputs) to (..., outputs) by the layer that is known under a key."""
+    import torch
+
+    schema = "(Tensor x, int layer, int outputs) -> Tensor"
+
+    @torch.library.custom_op("benchmatrix::packed_linear", mutates_args=(), schema=schema)
+    def packed_linear(x: torch.Tensor, layer: int, outputs: int) -> torch.Tensor:
+        found = _LAYERS[layer]
+        return type(found).forward(found, x)  # type: ignore[no-any-return]
+
+    @packed_linear.register_fake
+    def shape_of(x: torch.Tensor, layer: int, outputs: int) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], outputs))
+
+    return packed_linear
 
 
 def held_bytes(layer: Any) -> int:

@@ -124,8 +124,18 @@ def test_made_on_the_card(measure: Callable[..., Any], bench: Any, method: str) 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("kernel", ["marlin", "triton"])
 def test_compiled(measure: Callable[..., Any], medium: ModelSpec, method: str, kernel: str) -> None:
+    """Marlin's layers go into one graph of the whole step."""
     stack = f"bf16+{method}:method=rtn,kernel={kernel}"
-    row = measure("prefill", f"{stack}+compile", medium, {"sequence_length": 128})
+    whole = ":fullgraph=true" if kernel == "marlin" else ""
+    row = measure("prefill", f"{stack}+compile{whole}", medium, {"sequence_length": 128})
+    assert all(facts["ok"] for facts in json.loads(row["evidence"]).values())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_compiled_as_one_cuda_graph(measure: Callable[..., Any], medium: ModelSpec, method: str) -> None:
+    stack = f"bf16+{method}:method=rtn,kernel=marlin+static-cache+compile:fullgraph=true+cuda-graph"
+    row = measure("decode", stack, medium, {"batch_size": 1, "prompt_tokens": 32, "new_tokens": 16})
+    assert row["graph_breaks"] == 0
     assert all(facts["ok"] for facts in json.loads(row["evidence"]).values())
 
 

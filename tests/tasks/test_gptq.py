@@ -251,6 +251,65 @@ class TestBuilding:
         assert 0.05 <= seconds < 5 if compiled else seconds == 0
 
 
+class TestOneOperation:
+    """Layers whose kernel is an extension, in a compiled step. Marlin itself: tests/gpu."""
+
+    def layers(self) -> Any:
+        """Two layers through which no graph goes."""
+        import torch
+
+        class Breaking(torch.nn.Module):
+            def __init__(self, inputs: int, out_features: int) -> None:
+                super().__init__()
+                self.weight = torch.nn.Buffer(torch.randn(out_features, inputs))
+                self.out_features = out_features
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                torch._dynamo.graph_break()
+                return torch.nn.functional.linear(x, self.weight)
+
+        torch.manual_seed(0)
+        return torch.nn.Sequential(Breaking(8, 12), torch.nn.SiLU(), Breaking(12, 4)).eval()
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_goes_into_one_graph(self, dynamic: bool) -> None:
+        import torch
+
+        from tasks.optimizations._gptq_kernels import one_operation
+
+        model = self.layers()
+        x = torch.randn(2, 3, 8)
+        with torch.inference_mode():
+            expected = model(x)
+            compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                compiled(x)
+            torch._dynamo.reset()
+            assert [one_operation(model[place]) for place in (0, 2)] == [model[0], model[2]]
+            assert model(x).equal(expected), "eager as before"
+            compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+            torch.testing.assert_close(compiled(x), expected)
+            assert compiled(torch.randn(1, 5, 8)).shape == (1, 5, 4)
+
+    def test_keys_are_of_layers_that_live(self) -> None:
+        """Two models at once: each compiled one calls its own layers, whose weights may change."""
+        import torch
+
+        from tasks.optimizations._gptq_kernels import one_operation
+
+        x, found = torch.randn(1, 8), []
+        with torch.inference_mode():
+            for scale in (1, 2):
+                model = self.layers()
+                for place in (0, 2):
+                    one_operation(model[place])
+                compiled = torch.compile(model, fullgraph=True)
+                compiled(x)
+                model[2].weight.mul_(scale)
+                found.append(compiled(x))
+        torch.testing.assert_close(found[1], 2 * found[0])
+
+
 @backends
 class TestMade:
     @pytest.fixture(scope="class", params=["gptq", "awq"])
@@ -376,6 +435,23 @@ class TestRandomWeights:
                     with torch.inference_mode():
                         answer = layer(torch.eye(weight.shape[1], dtype=torch.bfloat16)).float().T
                     assert 0.001 < float((answer - weight).norm() / weight.norm()) < 0.15, name
+
+    @pytest.mark.parametrize("method", ["gptq", "awq"])
+    def test_one_graph(self, bench: Any, small: ModelSpec, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As Marlin's layers go into a compiled step: the library's own, loaded by the techniques."""
+        import torch
+
+        from tasks.optimizations._gptq_kernels import KERNELS
+
+        stack = f"{method}:method=rtn,kernel=torch"
+        monkeypatch.setitem(KERNELS[method], "torch", replace(KERNELS[method]["torch"], compiled=True))
+        with bench.live(bench.job(bench.cell("prefill", stack, small)), calls=1) as session, torch.inference_mode():
+            assert proof(stack, session).ok
+            ids = torch.arange(12)[None]
+            exact = session.model(input_ids=ids, use_cache=False).logits
+            model = torch.compile(session.model, fullgraph=True)
+            apart = model(input_ids=ids, use_cache=False).logits - exact
+        assert float(apart.float().norm() / exact.float().norm()) < 0.02
 
 
 @backends
