@@ -85,11 +85,11 @@ for part in "$@"; do
         limited 300 "$PYTHON" -m orchestrator train "$out/trained" --size gpt2 --minutes "${TRAIN_MINUTES:-2}"
         wait
         ;;
-    systematic) # of the model that `train` has left
+    systematic) # of the model that `train` has left (in OUT, or in TRAINED)
         sweep "${SYSTEMATIC_S:-900}" systematic systematic --set scale=gpu \
-            --set "models=[{id: gpt2-size, path: $out/trained}]" ${only:+--only "$only"}
+            --set "models=[{id: gpt2-size, path: ${TRAINED:-$out/trained}}]" ${only:+--only "$only"}
         ;;
-    onnx) # ONNX Runtime's CUDA provider, of the model that `train` has left (in OUT, or in TRAINED)
+    onnx) # ONNX Runtime's CUDA provider, of the same model
         sweep "${ONNX_S:-200}" systematic onnx --set scale=gpu --set baseline=fp32 --set 'include=[]' \
             --set 'optimizations=[fp32, onnx, onnx-int8, onnx-int4]' \
             --set "models=[{id: gpt2-size, path: ${TRAINED:-$out/trained}}]"
