@@ -42,7 +42,7 @@ for part in "$@"; do
     [[ $part == */* ]] && only=${part#*/} && part=${part%%/*}
     case $part in
     tests)
-        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -q -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
+        limited "${TESTS_S:-420}" "$PYTHON" -m pytest -m gpu ${TESTS:-tests/gpu} --tb=short -v -p no:cacheprovider ${TESTS_K:+-k "$TESTS_K"} >"$out/tests.txt" 2>&1
         tail -n 60 "$out/tests.txt"
         ;;
     llama)
