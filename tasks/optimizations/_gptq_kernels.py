@@ -7,12 +7,13 @@ Importing it changes the process (allocator settings, folders, the root logger):
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import MethodType
@@ -26,7 +27,10 @@ from tasks.optimization import Unsupported, out_of_memory
 if TYPE_CHECKING:
     import torch
 
-_LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of `one_operation`, by their keys
+# Layers of `one_operation` by their keys, which are constants of compiled code: the same in every process that makes
+# the same layers, so that what one of them compiled is found by the next.
+_LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_KEYS = itertools.count()
 # room for reductions, and what one kernel keeps unpacked after its first call
 SCRATCH = ("workspace", "_g_idx_long_cache", "_zeros_cache")
 
@@ -220,8 +224,9 @@ def one_operation(layer: Any) -> Any:
     The library's operators say of themselves that they change their arguments and return one of them, and how they are
     found breaks the graph at every layer. Run eagerly the layer is as it was. Returns the layer.
     """
-    _LAYERS[id(layer)], layer.operation_key = layer, id(layer)
-    layer.operation = _packed_linear()
+    _packed_linear()
+    layer.operation_key = next(_KEYS)
+    _LAYERS[layer.operation_key] = layer
     layer.forward = MethodType(_forward, layer)
     return layer
 
@@ -230,13 +235,13 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     import torch
 
     if torch.compiler.is_compiling():
-        return layer.operation(x, layer.operation_key, layer.out_features)  # type: ignore[no-any-return]
+        return torch.ops.benchmatrix.packed_linear(x, layer.operation_key, layer.out_features)  # type: ignore[no-any-return]
     return type(layer).forward(layer, x)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _packed_linear() -> Callable[..., torch.Tensor]:
-    """The operator: (..., inputs) to (..., outputs) by the layer that is known under a key."""
+def _packed_linear() -> None:
+    """Make the operator known: (..., inputs) to (..., outputs) by the layer that has a key."""
     import torch
 
     schema = "(Tensor x, int layer, int outputs) -> Tensor"
@@ -244,13 +249,11 @@ def _packed_linear() -> Callable[..., torch.Tensor]:
     @torch.library.custom_op("benchmatrix::packed_linear", mutates_args=(), schema=schema)
     def packed_linear(x: torch.Tensor, layer: int, outputs: int) -> torch.Tensor:
         found = _LAYERS[layer]
-        return type(found).forward(found, x)  # type: ignore[no-any-return]
+        return type(found).forward(found, x).contiguous()  # type: ignore[no-any-return]
 
     @packed_linear.register_fake
     def shape_of(x: torch.Tensor, layer: int, outputs: int) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], outputs))
-
-    return packed_linear
 
 
 def held_bytes(layer: Any) -> int:

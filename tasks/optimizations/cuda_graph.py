@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 WARM_UPS = 3
 ROUNDINGS = 8  # of a number, which are tolerated however little rounding was found
 TIE = 0.1  # of what the best score is above the mean: what is further below it is no tie, whatever rounds
-ANOTHER = 0.5  # of the same: a token of a wrong step is further below it (benchmarks/wrong_graphs.py)
 KEPT = 0.25  # relative difference of keys or values: beyond it they are others, whatever rounds
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 
@@ -64,7 +63,6 @@ class CudaGraph(Optimization):
         }  # fmt: skip
         if not found.same:
             facts["from_the_best_score"] = _finite(found.distance)
-            facts["launched_from_the_best_score"] = _finite(found.launched_distance)
         return Evidence(ok=launches == steps > 0 and accepted(found), facts=facts)
 
 
@@ -72,12 +70,10 @@ def accepted(found: Comparison) -> bool:
     """Whether no more than rounding lies between a graph and its launched steps.
 
     Two kernels of one product may round a tie between two tokens differently; a token may be that far below the best.
-    Where what launched steps choose is itself far below, as all tokens read at once have it, twice that is a tie.
     """
     least, rounding = ROUNDINGS * found.eps, found.rounding or 0.0
     kept = found.cache <= min(max(3 * rounding, least), KEPT)
-    tie = max(min(max(10 * rounding, least), TIE), min(2 * found.launched_distance, ANOTHER))
-    return kept and (found.same or found.distance <= tie)
+    return kept and (found.same or found.distance <= min(max(10 * rounding, least), TIE))
 
 
 def _finite(value: float | None) -> float | None:

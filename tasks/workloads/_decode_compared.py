@@ -24,17 +24,14 @@ class Comparison:
     """A request of the loop, and its tokens given to launched steps one by one.
 
     `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens of those sequences
-    that differ most are from what was to be chosen (`DecodeStep.distance`). `launched_distance`: the same of what the
-    launched steps choose there, which is how far the model is from itself when it reads all tokens at once. `cache`:
-    the greatest relative difference (Frobenius norm) of keys or values, over layers, sequences and blocks of positions.
-    `rounding`: the same between the launched steps and all tokens read at once, which is what another order of the
-    arithmetic does to this model; None where nothing differs, or the model cannot read so much at once. `eps` is that
-    of the cache's dtype.
+    that differ most are from what was to be chosen (`DecodeStep.distance`). `cache`: the greatest relative difference
+    (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same between the
+    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model; None
+    where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
     """
 
     same: bool
     distance: float = 0.0
-    launched_distance: float = 0.0
     cache: float = 0.0
     rounding: float | None = None
     eps: float = 0.0
@@ -59,10 +56,9 @@ def compared(step: DecodeStep) -> Comparison:
     rounding = None if same and cache == 0 else _rounding(step, tokens, fed, lengths)
     rows = differ.argsort(descending=True)[: min(LOOKED_AT, int((differ > 0).sum()))].tolist()
     distance = max((step.distance(row, tokens[row]) for row in rows), default=0.0)
-    theirs = max((step.distance(row, launched[row], fed=tokens[row]) for row in rows), default=0.0)
     step.run(0, _ignore)
     eps = max(torch.finfo(value.dtype).eps for value in held_tensors(step.cache))
-    return Comparison(same=same, distance=distance, launched_distance=theirs, cache=cache, rounding=rounding, eps=eps)
+    return Comparison(same=same, distance=distance, cache=cache, rounding=rounding, eps=eps)
 
 
 def _ignore(_label: str) -> None:

@@ -253,14 +253,13 @@ class DecodeStep(Step):
         self._begin()
         self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
-    def distance(self, row: int, tokens: Any, fed: Any = None) -> float:
+    def distance(self, row: int, tokens: Any) -> float:
         """How far tokens of sequence `row` of the first prompts are from what was to be chosen: 0 where they are that.
 
         The model reads the whole sequence at once; what counts is how far the score of a token (its logit; where it is
         sampled, with the noise of its draw) lies below the best one, as a share of what the best one is above the mean,
         at the token where that is most. Infinite where there is no token, or no number. `tokens` has shape
-        (new_tokens,); those from the sequence's end on are not looked at. `fed` are those that the model is given, if
-        they are not the chosen ones.
+        (new_tokens,); those from the sequence's end on are not looked at.
         """
         import torch
 
@@ -268,8 +267,7 @@ class DecodeStep(Step):
         tokens = tokens[:length]
         if bool((tokens < 0).any()):
             return math.inf
-        given = tokens if fed is None else fed[:length]
-        ids = torch.cat([self._prompts[0][row], given[:-1]]).unsqueeze(0)
+        ids = torch.cat([self._prompts[0][row], tokens[:-1]]).unsqueeze(0)
         logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0].float()
         if not bool(logits.isfinite().all()):
             return math.inf

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -266,7 +267,8 @@ class TestOneOperation:
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 torch._dynamo.graph_break()
-                return torch.nn.functional.linear(x, self.weight)
+                padded = torch.nn.functional.pad(self.weight, (0, 0, 0, 3))
+                return torch.nn.functional.linear(x, padded)[..., : self.out_features]  # as kernels cut off padding
 
         torch.manual_seed(0)
         return torch.nn.Sequential(Breaking(8, 12), torch.nn.SiLU(), Breaking(12, 4)).eval()
@@ -291,23 +293,43 @@ class TestOneOperation:
             torch.testing.assert_close(compiled(x), expected)
             assert compiled(torch.randn(1, 5, 8)).shape == (1, 5, 4)
 
-    def test_keys_are_of_layers_that_live(self) -> None:
-        """Two models at once: each compiled one calls its own layers, whose weights may change."""
+    def test_two_models_at_once(self) -> None:
+        """Each compiled one calls its own layers, whose weights may change."""
         import torch
 
         from tasks.optimizations._gptq_kernels import one_operation
 
-        x, found = torch.randn(1, 8), []
+        x, models = torch.randn(1, 8), [self.layers(), self.layers()]
+        keys = [one_operation(model[place]).operation_key for model in models for place in (0, 2)]
+        assert keys == list(range(keys[0], keys[0] + 4)), "places in the order of making, in every process"
         with torch.inference_mode():
-            for scale in (1, 2):
-                model = self.layers()
-                for place in (0, 2):
-                    one_operation(model[place])
-                compiled = torch.compile(model, fullgraph=True)
-                compiled(x)
-                model[2].weight.mul_(scale)
-                found.append(compiled(x))
-        torch.testing.assert_close(found[1], 2 * found[0])
+            compiled = [torch.compile(model, fullgraph=True) for model in models]
+            exact = compiled[0](x)
+            torch.testing.assert_close(compiled[1](x), exact)
+            models[1][2].weight.mul_(2)
+            torch.testing.assert_close(compiled[0](x), exact)
+            torch.testing.assert_close(compiled[1](x), 2 * exact)
+            torch.testing.assert_close(compiled[0](x), exact)
+
+    def test_the_next_process_finds_what_was_compiled(self, tmp_path: Path) -> None:
+        script = """
+import torch
+from torch._dynamo.utils import counters
+from tasks.optimizations._gptq_kernels import one_operation
+
+layers = [torch.nn.Linear(8, 8) for _ in range(2)]
+for layer in layers:
+    one_operation(layer)
+with torch.inference_mode():
+    torch.compile(torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1]), fullgraph=True)(torch.ones(2, 8))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        said = [
+            subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+            for _ in range(2)
+        ]
+        assert [run.stdout.split() for run in said] == [["0", "1"], ["1", "0"]]
 
 
 @backends
@@ -449,9 +471,18 @@ class TestRandomWeights:
             assert proof(stack, session).ok
             ids = torch.arange(12)[None]
             exact = session.model(input_ids=ids, use_cache=False).logits
-            model = torch.compile(session.model, fullgraph=True)
+            graphs: list[Any] = []
+
+            def backend(graph: Any, _inputs: Any) -> Any:
+                graphs.append(graph)
+                return graph.forward
+
+            model = torch.compile(session.model, fullgraph=True, backend=backend)
             apart = model(input_ids=ids, use_cache=False).logits - exact
         assert float(apart.float().norm() / exact.float().norm()) < 0.02
+        (graph,) = graphs
+        operations = [node for node in graph.graph.nodes if "packed_linear" in str(node.target)]
+        assert len(operations) == sum("Linear" in type(module).__name__ for module in session.model.modules()) - 1
 
 
 @backends
