@@ -15,7 +15,6 @@ from tasks.workloads._decode_cache import held_tensors
 if TYPE_CHECKING:
     from tasks.workloads.decode import DecodeStep
 
-LOOKED_AT = 8  # sequences
 BLOCK = 64  # positions
 
 
@@ -23,11 +22,11 @@ BLOCK = 64  # positions
 class Comparison:
     """A request of the loop, and its tokens given to launched steps one by one.
 
-    `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens of those sequences
-    that differ most are from what was to be chosen (`DecodeStep.distance`). `cache`: the greatest relative difference
-    (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same between the
-    launched steps and all tokens read at once, which is what another order of the arithmetic does to this model; None
-    where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
+    `same`: the launched steps choose these tokens. `distance`: where they do not, how far the tokens that differ are at
+    most from what steps that are not compiled would choose (`DecodeStep.distances`). `cache`: the greatest relative
+    difference (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same
+    between the launched steps and all tokens read at once, which is what another order of the arithmetic does to this
+    model; None where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
     """
 
     same: bool
@@ -49,13 +48,12 @@ def compared(step: DecodeStep) -> Comparison:
     lengths = torch.tensor([step.chosen_length(row) for row in range(len(tokens))], device=tokens.device)
     launched = torch.stack([chosen.clone() for chosen in step.forced(tokens, fed + 1)], dim=1)
     columns = torch.arange(fed + 1, device=tokens.device)
-    differ = ((launched != tokens[:, : fed + 1]) & (columns < lengths[:, None])).sum(1)
+    differ = (launched != tokens[:, : fed + 1]) & (columns < lengths[:, None])
     cache = _apart(ours, step, lengths)
     del ours
     same = not bool(differ.any())
     rounding = None if same and cache == 0 else _rounding(step, tokens, fed, lengths)
-    rows = differ.argsort(descending=True)[: min(LOOKED_AT, int((differ > 0).sum()))].tolist()
-    distance = max((step.distance(row, tokens[row]) for row in rows), default=0.0)
+    distance = 0.0 if same else float(step.distances(tokens, fed + 1)[differ].max())
     step.run(0, _ignore)
     eps = max(torch.finfo(value.dtype).eps for value in held_tensors(step.cache))
     return Comparison(same=same, distance=distance, cache=cache, rounding=rounding, eps=eps)

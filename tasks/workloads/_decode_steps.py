@@ -8,7 +8,8 @@ graph of a captured one, which advances the same generator. So every loop sees t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.workloads._inputs import vocabulary
@@ -24,7 +25,7 @@ class Chooser:
     generator: Any = None
 
     def __init__(self, banned: int | None = None) -> None:
-        self._banned = banned
+        self.banned = banned
 
     def begin(self, index: int) -> None:
         """Before request `index`: the same request draws the same numbers."""
@@ -36,13 +37,13 @@ class Chooser:
         """Token ids, shape (batch,), of logits, shape (batch, vocabulary)."""
         return self._allowed(logits).argmax(-1)
 
-    def scores(self, logits: Any, index: int, row: int) -> Any:
-        """Of which the greatest is chosen, for logits (length, vocabulary) of sequence `row` of request `index`."""
-        return logits
+    def scores(self, logits: Any, noise: Any) -> Any:
+        """Scores in fp32, shape (batch, vocabulary): the greatest that is not banned is chosen."""
+        return logits.float()
 
     def _allowed(self, logits: Any) -> Any:
-        if self._banned is not None:
-            logits.select(-1, self._banned).fill_(float("-inf"))
+        if self.banned is not None:
+            logits.select(-1, self.banned).fill_(float("-inf"))
         return logits
 
 
@@ -71,15 +72,32 @@ class Sampler(Chooser):
         probabilities = (self._allowed(logits).float() / self._temperature).softmax(-1)
         return (probabilities / noise).argmax(-1)
 
-    def scores(self, logits: Any, index: int, row: int) -> Any:
-        import torch
+    def scores(self, logits: Any, noise: Any) -> Any:
+        return (logits.float() / self._temperature).log_softmax(-1) - noise.log()
 
-        self.begin(index)
-        drawn = []
-        for _ in range(len(logits)):
-            self.draw()
-            drawn.append(self.noise[row].log())
-        return (logits.float() / self._temperature).log_softmax(-1) - torch.stack(drawn)
+
+class Judge:
+    """In the place of a chooser: how far given `tokens`, shape (batch, columns), are from what it chooses.
+
+    `distances` gets one tensor of shape (batch,) for every column. A distance is how far the token's score (its logit;
+    where it is sampled, with the noise of its draw) lies below the best one, as a share of what the best one is above
+    the mean: 0 for the best one, infinite where there is no token, or no number.
+    """
+
+    def __init__(self, choose: Chooser, tokens: Any) -> None:
+        self._choose, self._tokens, self.noise = choose, tokens, choose.noise
+        self.distances: list[Any] = []
+
+    def __call__(self, logits: Any, noise: Any) -> Any:
+        tokens = self._tokens[:, len(self.distances)]
+        scores = self._choose.scores(logits, noise).clone()
+        known = scores.isfinite().all(-1) & (tokens >= 0)
+        mean = scores.mean(-1)
+        if self._choose.banned is not None:
+            scores[:, self._choose.banned] = float("-inf")
+        best, score = scores.amax(-1), scores.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+        self.distances.append(((best - score) / (best - mean)).where(known, float("inf")))
+        return self._choose(logits, noise)
 
 
 class TokenStep(ABC):
@@ -89,7 +107,19 @@ class TokenStep(ABC):
     fixed: bool = False  # whether `next` always reads and writes the same addresses
 
     def __init__(self, session: Session, choose: Chooser) -> None:
-        self._model, self._choose = session.model, choose
+        self._model = session.model
+        self._choose: Chooser | Judge = choose
+        self._step = session.compiled(self._plain)
+
+    @contextmanager
+    def judged(self, judge: Judge) -> Iterator[None]:
+        """Steps that are not compiled, for `judge`."""
+        before = self._step, self._choose
+        self._step, self._choose = self._plain, judge
+        try:
+            yield
+        finally:
+            self._step, self._choose = before
 
     @abstractmethod
     def begin(self) -> None:
@@ -102,6 +132,10 @@ class TokenStep(ABC):
     @abstractmethod
     def next(self, ids: Any) -> Any:
         """One more token for each sequence; `ids` (batch, 1) are the last ones."""
+
+    @abstractmethod
+    def _plain(self, ids: Any, *context: Any) -> Any:
+        """What may be compiled: the next token ids, shape (batch,), after `ids`, shape (batch, positions)."""
 
 
 StepFactory = Callable[["Session", Chooser, int], TokenStep]  # session, chooser, positions that a request needs
@@ -117,7 +151,6 @@ class CachedStep(TokenStep):
     def __init__(self, session: Session, choose: Chooser, *, make: Callable[[], Any], fixed: bool) -> None:
         super().__init__(session, choose)
         self._make, self.fixed = make, fixed
-        self._step = session.compiled(self._one_token)
         self._marks_step = session.settings.compile is not None and session.on_cuda
 
     def begin(self) -> None:
@@ -127,7 +160,7 @@ class CachedStep(TokenStep):
             self.cache.reset()
 
     def first(self, prompt: Any) -> Any:
-        return self._one_token(prompt, self.cache, self._choose.noise)
+        return self._plain(prompt, self.cache, self._choose.noise)
 
     def next(self, ids: Any) -> Any:
         import torch
@@ -138,7 +171,8 @@ class CachedStep(TokenStep):
             torch.compiler.cudagraph_mark_step_begin()
         return self._step(ids, self.cache, self._choose.noise)
 
-    def _one_token(self, ids: Any, cache: Any, noise: Any) -> Any:
+    def _plain(self, ids: Any, *context: Any) -> Any:
+        cache, noise = context
         logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return self._choose(logits, noise)
 
@@ -148,7 +182,6 @@ class RecomputedStep(TokenStep):
 
     def __init__(self, session: Session, choose: Chooser, _positions: int = 0) -> None:
         super().__init__(session, choose)
-        self._step = session.compiled(self._whole)
         self._sequence: Any = None
 
     @property
@@ -169,5 +202,6 @@ class RecomputedStep(TokenStep):
         self._sequence = torch.cat([self._sequence, ids], dim=1)
         return self._step(self._sequence, self._choose.noise)
 
-    def _whole(self, ids: Any, noise: Any) -> Any:
+    def _plain(self, ids: Any, *context: Any) -> Any:
+        (noise,) = context
         return self._choose(self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1], noise)

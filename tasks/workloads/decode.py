@@ -8,7 +8,6 @@ finished ones are padded, and only real tokens count as units. Whether the loop 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from tasks.workloads._decode_checks import NoCheck, StopCheck
 from tasks.workloads._decode_compared import Comparison, compared
 from tasks.workloads._decode_costs import check_costs
 from tasks.workloads._decode_ledger import Ledger, stop_lengths, stop_token
-from tasks.workloads._decode_steps import Chooser, Sampler, TokenStep
+from tasks.workloads._decode_steps import Chooser, Judge, Sampler, TokenStep
 from tasks.workloads._inputs import token_batches, vocabulary
 
 if TYPE_CHECKING:
@@ -253,30 +252,18 @@ class DecodeStep(Step):
         self._begin()
         self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
-    def distance(self, row: int, tokens: Any) -> float:
-        """How far tokens of sequence `row` of the first prompts are from what was to be chosen: 0 where they are that.
+    def distances(self, tokens: Any, columns: int) -> Any:
+        """How far the first `columns` of `tokens` (batch, new_tokens) are from what was to be chosen (`Judge`).
 
-        The model reads the whole sequence at once; what counts is how far the score of a token (its logit; where it is
-        sampled, with the noise of its draw) lies below the best one, as a share of what the best one is above the mean,
-        at the token where that is most. Infinite where there is no token, or no number. `tokens` has shape
-        (new_tokens,); those from the sequence's end on are not looked at.
+        By steps that are not compiled and are given `tokens` one by one. Shape (batch, columns).
         """
         import torch
 
-        length = self.chosen_length(row)
-        tokens = tokens[:length]
-        if bool((tokens < 0).any()):
-            return math.inf
-        ids = torch.cat([self._prompts[0][row], tokens[:-1]]).unsqueeze(0)
-        logits = self._session.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0].float()
-        if not bool(logits.isfinite().all()):
-            return math.inf
-        scores = self.choose.scores(logits, 0, row)
-        mean = scores.mean(-1)
-        if self._scheduled and self.ledger.stop is not None:
-            scores[:, self.ledger.stop] = float("-inf")
-        best = scores.amax(-1)
-        return float(((best - scores.gather(1, tokens.unsqueeze(1)).squeeze(1)) / (best - mean)).max())
+        judge = Judge(self.choose, tokens)
+        with self.source.judged(judge):
+            for _ in self.forced(tokens, columns):
+                pass
+        return torch.stack(judge.distances, dim=1)
 
     def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
         self.run(0, _ignore)

@@ -143,9 +143,12 @@ class TestGraph:
         with bench.live(job, calls=0) as session:
             session.step.run(0, ignore)
             tokens = session.step.ledger.result()
-            assert max(session.step.distance(row, tokens[row]) for row in range(4)) < 1e-4
+            assert session.step.distances(tokens, 12).max() < 1e-4
             tokens[2, 5] = (tokens[2, 5] + 1) % 100
-            assert session.step.distance(2, tokens[2]) > 0.1
+            distances = session.step.distances(tokens, 12)
+            assert distances[2, 5] > 0.1
+            assert distances[:2].max() < 1e-4
+            assert distances[2, :5].max() < 1e-4
 
     @pytest.mark.parametrize("prompt", [24, 32])
     @pytest.mark.parametrize("more", ["", "+sync-check"])
@@ -215,27 +218,46 @@ class TestGraph:
         job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}, stop=stop))
         with bench.live(job, calls=0) as session:
             step = session.step
+            length = min(step.chosen_length(row) for row in range(4))
             step.run(0, ignore)
             plain = step.ledger.result()
-            assert max(step.distance(row, plain[row]) for row in range(4)) < 1e-4
+            assert step.distances(plain, 24)[:, :length].max() < 1e-4
             monkeypatch.setattr(Chooser, "_allowed", second_if_close)
             step.run(0, ignore)
             second = step.ledger.result()
-            distances = [step.distance(row, second[row]) for row in range(4)]
+            distances = step.distances(second, 24)[:, :length]
             assert not second.equal(plain)
-            assert 1e-4 < max(distances) < close * 1.01
-            assert step.distance(0, torch.full_like(plain[0], -1)) == math.inf
-            broken = plain[0].clone()
-            broken[4] = (broken[4] + 1) % 100
-            assert step.distance(0, broken) > 0
+            assert 1e-4 < distances.max() < close * 1.01
+            assert step.distances(torch.full_like(plain, -1), 1).min() == math.inf
+            if stop == "eos":
+                assert step.distances(torch.full_like(plain, step.ledger.stop), 1).min() == math.inf
+
+    @pytest.mark.filterwarnings("default:`torch.jit.script_method`:DeprecationWarning")
+    def test_tokens_of_compiled_steps_are_judged_by_others(self, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each by one step of its own, with the shapes and the rounding of the loop, and none of them is compiled."""
+        job = bench.job(bench.cell("decode", "fp32+static-cache+compile", **AXES))
+        with bench.live(job, calls=0) as session:
+            step = session.step
+            step.run(0, ignore)
+            tokens, shapes, compiled = step.ledger.result(), [], step.source._step
+            monkeypatch.setattr(step.source, "_step", lambda *inputs: pytest.fail("a compiled step"))
+            hook = session.model.register_forward_pre_hook(
+                lambda model, _, named: shapes.append((named["input_ids"].shape, torch.compiler.is_compiling())),
+                with_kwargs=True,
+            )
+            assert step.distances(tokens, 12).max() < 1e-4
+            hook.remove()
+            monkeypatch.undo()
+            assert step.source._step is compiled
+        assert shapes == [((4, 8), False)] + [((4, 1), False)] * 11
 
     def test_a_number_that_is_none_is_no_tie(self, bench: Any) -> None:
         job = bench.job(bench.cell("decode", "fp32+static-cache", **AXES))
         with bench.live(job, calls=0) as session:
             session.step.run(0, ignore)
-            tokens = session.step.ledger.result()[0]
-            session.model.get_input_embeddings().weight.data[int(tokens[3])] = float("nan")
-            assert session.step.distance(0, tokens) == math.inf
+            tokens = session.step.ledger.result()
+            session.model.get_input_embeddings().weight.data[int(tokens[0, 3])] = float("nan")
+            assert session.step.distances(tokens, 12)[0, 4:].min() == math.inf
 
     @pytest.mark.parametrize(
         ("compared", "launches", "ok"),
