@@ -114,8 +114,9 @@ def without_axes(point: str, *axes: str) -> str:
 
 
 def _memory(table: pd.DataFrame) -> pd.Series[Any]:
-    """Peak bytes where the cell ran: allocated on a CUDA device, resident on a CPU."""
+    """Peak bytes where the cell ran: allocated on a CUDA device, by whatever computes there, resident on a CPU."""
     device, host = numbers(table, "peak_allocated_bytes"), numbers(table, "peak_host_bytes")
+    device = device.where(device.notna(), numbers(table, "runtime_bytes"))
     if "device_kind" in table:
         return host.where((table["device_kind"] == "cpu").fillna(False).astype(bool), device)
     return device.where(device.notna(), host)

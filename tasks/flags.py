@@ -22,6 +22,7 @@ FLAGS = {
     "executed_instead": "it could not be forked and was started anew, unlike the others (decides no verdict)",
     "aa_failed": "equal cells differed on this machine (decides no verdict)",
     "allocation_retries": "memory was so short that cached blocks had to be given back first",
+    "memory_of_process": "what computes allocates for itself: its memory is the growth of the process, kernels and all",
     "energy_suspect": "the energy counter and the power readings disagree",
     "energy_polled": "energy is summed from power readings: this device has no counter",
     "shared_gpu": "others held the GPU too, idle as far as is known: its energy is the whole GPU's",

@@ -31,6 +31,21 @@ def test_comparison_has_a_line_per_cell_with_the_baseline_first(build: SimpleNam
     }
 
 
+def test_memory_of_a_runtime_that_allocates_for_itself(build: SimpleNamespace, loaded: Loaded) -> None:
+    """Where only the process is known, its growth; where not even that, nothing, and never the host's."""
+    rows = build.sweep(stacks=("baseline", "onnx", "onnx-int4"))
+    grown = {"onnx": 700 * 2**20, "onnx-int4": None}
+    rows = [
+        row | {"peak_allocated_bytes": None, "runtime_bytes": grown[row["optimization"]], "device_kind": "cuda"}
+        if row["optimization"] in grown
+        else row | {"device_kind": "cuda"}
+        for row in rows
+    ]
+    frame = comparison_table(loaded(rows)).frame.set_index("optimization")["memory_bytes"]
+    assert (frame["baseline"], frame["onnx"]) == (300 * 2**20, 700 * 2**20)
+    assert pd.isna(frame["onnx-int4"])
+
+
 @pytest.mark.parametrize("outcome", ["oom", "unsupported", "invalid", "unplaced", "timeout"])
 def test_a_cell_without_numbers_says_why(build: SimpleNamespace, loaded: Loaded, outcome: str) -> None:
     rows = [*build.sweep(stacks=("baseline",)), build.row(build.cell("nf4"), 0, outcome=outcome)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tasks.metric import Metric, Missing
-from tasks.registry import metric_classes, workloads
+from tasks.metric import Metric, Missing, Phase
+from tasks.metrics import memory
+from tasks.registry import metric_classes, optimizations, workloads
 from tasks.row import _PYTHON, Row, columns
 
 NAMES = sorted(metric_classes())
@@ -145,6 +147,33 @@ class TestValues:
         row = metrics["memory"].collect(session) | metrics["latency"].collect(session)
         for name in ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "fragmentation", "device_ms_p50"):
             assert isinstance(row[name], Missing)
+
+
+@pytest.mark.parametrize(("before", "after"), [(600, 1300), (None, 1300), (600, None)])
+def test_memory_of_a_runtime_that_allocates_for_itself(
+    monkeypatch: pytest.MonkeyPatch, before: int | None, after: int | None
+) -> None:
+    """PyTorch's allocator sees its inputs and outputs only: their bytes are not the model's."""
+    row = Row()
+    session: Any = SimpleNamespace(
+        on_cuda=True, loaded=object(), row=row, step=SimpleNamespace(waiting_bytes=50),
+        techniques=[(optimizations()["onnx"], None)], gpu=SimpleNamespace(process_memory_bytes=lambda pid: after),
+    )  # fmt: skip
+    monkeypatch.setattr(memory, "_context_bytes", lambda session: before)
+    metric = memory.Memory()
+    for phase in (Phase.LOAD, Phase.FIRST_CALL, Phase.WARMUP, Phase.LATENCY, Phase.THROUGHPUT):
+        metric.begin(phase, session)
+        metric.end(phase, session)
+    found = metric.collect(session)
+    check(metric, found)
+    if before and after:
+        assert (found["runtime_bytes"], found["peak_process_bytes"]) == (650, 1300)
+    else:
+        assert found["runtime_bytes"].reason == "pid_not_visible"
+    for name in ("allocated_bytes", "peak_allocated_bytes", "peak_allocated_bytes_load", "reserved_bytes"):
+        assert "onnxruntime allocates for itself" in found[name].reason
+    assert found["peak_host_bytes"] > 0
+    assert row["flags"] == ["memory_of_process"]
 
 
 def test_percentiles_need_samples(bench: Any) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.device import DeviceInfo
+from tasks.metrics.memory import HIDDEN
 from tasks.optimization import Evidence
 from tasks.registry import optimizations
 from tasks.stacks import parse_stack, unsupported
+from tasks.supervisor import Supervisor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]
 
@@ -66,6 +70,26 @@ def test_on_the_card(bench: Any, card: DeviceInfo, name: str) -> None:
                 assert float((last - whole).norm() / whole.norm()) < 1e-3
     apart = float((logits[name] - logits["fp32"]).norm() / logits["fp32"].norm())
     assert apart < (1e-4 if name == "onnx" else 0.2)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-int4"])
+def test_memory_on_the_card(bench: Any, card: DeviceInfo, name: str, tmp_path: Path) -> None:
+    """What the runtime has taken beside PyTorch's allocator is the row's, not the few bytes that pass through torch."""
+    cell = runs_on(bench, card, name)
+    slot = Supervisor(card, cpus=bench.CPUS, log_path=tmp_path / "slot.log", work_dir=tmp_path / "work")
+    slot.start()
+    try:
+        row = slot.measure(bench.job(cell, device=card, timeout_s=600.0)).row
+    finally:
+        slot.close()
+    assert row["outcome"] == "ok", (row.get("reason"), row.get("evidence"))
+    reasons = json.loads(row["null_reasons"])
+    assert "onnxruntime allocates for itself" in reasons["peak_allocated_bytes"]
+    if row["runtime_bytes"] is None:
+        assert reasons["runtime_bytes"] == HIDDEN
+    else:
+        assert row["model_bytes"] < row["runtime_bytes"] < row["peak_process_bytes"]
+        assert row["flags"].count("memory_of_process") == 1
 
 
 def test_images_on_the_card(bench: Any, card: DeviceInfo) -> None:
