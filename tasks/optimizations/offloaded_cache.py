@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.optimization import Needs
@@ -16,12 +17,10 @@ class OffloadedCacheKind(CacheKind):
     name = "offloaded-cache"
     summary = "KV cache in host memory, layers fetched ahead of their use"
     needs = Needs(devices=("cuda",), workloads=("decode",), model_kinds=("language",))
-    class_name = "DynamicCache"
+    class_name = "OrderedCache"
 
     def make_cache(self, technique: Technique, session: Session, positions: int) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=session.model.config, offloading=True)
+        return _ordered_cache()(config=session.model.config, offloading=True)
 
     def held_share(self, technique: Technique, bytes_per_element: float) -> float:
         return 0.0
@@ -31,3 +30,21 @@ class OffloadedCacheKind(CacheKind):
         places = [layer.keys.device.type for layer in cache.layers]
         facts["layers_on_host"], facts["layers"] = places.count("cpu"), len(places)
         return bool(cache.offloading) and places.count("cpu") >= max(len(places) - 2, 1)
+
+
+@cache
+def _ordered_cache() -> type[Any]:
+    """transformers' class, in which fetching waits for what has been launched before.
+
+    Up to 5.17 at least it does not (5.23 does): a device behind its host then reads keys and values that are still on
+    their way to the host, and memory that the last layer still reads. What is launched later runs beside the fetching.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    class OrderedCache(DynamicCache):  # type: ignore[misc]
+        def prefetch(self, *layer: Any, **keywords: Any) -> None:
+            self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+            super().prefetch(*layer, **keywords)
+
+    return OrderedCache

@@ -102,6 +102,17 @@ class TestSameTokens:
         plain = tokens_of(bench, card, "fp32+dynamic-cache", **STOP)
         assert all(a.equal(b) for a, b in zip(plain, tokens_of(bench, card, f"fp32+{stack}", **STOP), strict=True))
 
+    @pytest.mark.parametrize("stack", ["offloaded-cache", "dynamic-cache+interleaved"])
+    def test_on_a_device_that_is_behind(self, bench: Any, card: DeviceInfo, stack: str) -> None:
+        """Where the host is far ahead, nothing may be read before it is there."""
+        found = []
+        for item in ("dynamic-cache", stack):
+            with live(bench, card, f"fp32+{item}", **STOP) as session:
+                session.model.register_forward_pre_hook(lambda *_: torch.cuda._sleep(40_000_000))
+                session.step.run(0, lambda _label: None)
+                found.append(session.step.ledger.result().cpu())
+        assert found[0].equal(found[1])
+
 
 @pytest.mark.usefixtures("torch_settings")
 class TestEvidence:
