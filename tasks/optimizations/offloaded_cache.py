@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tasks.optimization import Needs
+from tasks.optimization import Evidence, Needs
 from tasks.optimizations._cache import CacheKind
 
 if TYPE_CHECKING:
@@ -30,6 +30,15 @@ class OffloadedCacheKind(CacheKind):
         places = [layer.keys.device.type for layer in cache.layers]
         facts["layers_on_host"], facts["layers"] = places.count("cpu"), len(places)
         return bool(cache.offloading) and places.count("cpu") >= max(len(places) - 2, 1)
+
+    def evidence(self, technique: Technique, session: Session) -> Evidence:
+        """The tokens too: what is fetched too early, or overwritten, are other keys and values."""
+        found = super().evidence(technique, session)
+        if not found.ok:
+            return found
+        step: Any = session.step
+        same = step.same_tokens_when_waited_for()
+        return Evidence(ok=same, facts={**found.facts, "same_tokens_when_waited_for": same})
 
 
 @cache

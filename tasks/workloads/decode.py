@@ -224,8 +224,13 @@ class DecodeStep(Step):
 
     def same_tokens(self, otherwise: AbstractContextManager[None]) -> bool:
         """Whether one request gives the same tokens inside `otherwise`, sequence by sequence."""
-        ours, theirs = self._tokens_twice(otherwise)
-        return bool(ours.equal(theirs))
+        ours = self._tokens()
+        with otherwise:
+            return bool(ours.equal(self._tokens()))
+
+    def same_tokens_when_waited_for(self) -> bool:
+        """Whether one request gives the same tokens where every step finds the device idle: none reads too early."""
+        return bool(self._tokens().equal(self._tokens(lambda _label: self._session.synchronize())))
 
     def compared(self) -> Comparison:
         """A request as it runs now, and its tokens through launched steps."""
@@ -265,12 +270,10 @@ class DecodeStep(Step):
                 pass
         return torch.stack(judge.distances, dim=1)
 
-    def _tokens_twice(self, otherwise: AbstractContextManager[None]) -> tuple[Any, Any]:
-        self.run(0, _ignore)
-        ours = self.ledger.result()
-        with otherwise:
-            self.run(0, _ignore)
-        return ours, self.ledger.result()
+    def _tokens(self, mark: Mark = lambda _label: None) -> Any:
+        """Of the first request, shape (batch, new_tokens)."""
+        self.run(0, mark)
+        return self.ledger.result()
 
     def after_latency(self) -> None:
         self.check_costs = check_costs(self._session, self)
@@ -292,7 +295,3 @@ def _listened_to() -> bool:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     return _get_current_dispatch_mode() is not None
-
-
-def _ignore(_label: str) -> None:
-    return

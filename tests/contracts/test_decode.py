@@ -208,6 +208,22 @@ class TestFaultsAreFound:
             evidence = optimizations()[name].evidence(parse_stack(name).techniques[0], session)
         assert not evidence.ok, evidence.facts
 
+    @pytest.mark.parametrize("early", [False, True])
+    def test_what_is_read_before_it_is_there(self, bench: Any, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+        """A device that gives other tokens where it is asked for a step while it is busy with the one before."""
+        with bench.live(bench.job(bench.cell("decode", "static-cache", **AXES)), calls=0) as session:
+            step, busy = session.step, []
+
+            def next_(ids: Any) -> Any:
+                tokens = plain(ids)
+                busy.append(1)
+                return (tokens + (early and len(busy) > 1)) % 100
+
+            plain = step.source.next
+            monkeypatch.setattr(step.source, "next", next_)
+            monkeypatch.setattr(type(session), "synchronize", lambda session: busy.clear())
+            assert step.same_tokens_when_waited_for() == (not early)
+
     def test_other_tokens_than_the_plain_loop(self, bench: Any) -> None:
         """A check that changes what is generated is no check."""
         with self.live(bench) as session:

@@ -17,7 +17,8 @@ from tasks.cell import Cell
 from tasks.job import PROFILES
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-NO_CHECKPOINT = ("systematic", "systematic-graphs")  # their models were trained for them and are not committed
+# their models were trained for them and are not committed
+NO_CHECKPOINT = ("systematic", "systematic-graphs", "systematic-packed", "onnx")
 MEASURED = [
     folder
     for folder in sorted(RESULTS.glob("*/*"))
