@@ -24,6 +24,8 @@ LEGEND_HOST = (
     "it was measured beside them, and this is the ratio without it. Verdicts are of the ratio as it was."
 )
 HOST_NOTE = "at one host clock"
+GROWN = "memory_of_process"  # the flag
+GROWN_NOTE = "memory: the growth of its process, kernels and all"
 POINT = "workload_shown"  # `workload_point` as headings show it
 # what a training step counts says which of its axes its model does not have
 AXES_OF_OTHERS = {"token": ("image_size",), "image": ("sequence_length",), "sample": ("image_size", "sequence_length")}
@@ -114,7 +116,10 @@ def without_axes(point: str, *axes: str) -> str:
 
 
 def _memory(table: pd.DataFrame) -> pd.Series[Any]:
-    """Peak bytes where the cell ran: allocated on a CUDA device, by whatever computes there, resident on a CPU."""
+    """Peak bytes where the cell ran: allocated on a CUDA device, resident on a CPU.
+
+    Of what allocates for itself on a device, the growth of its process, which is another measure (`grown`).
+    """
     device, host = numbers(table, "peak_allocated_bytes"), numbers(table, "peak_host_bytes")
     device = device.where(device.notna(), numbers(table, "runtime_bytes"))
     if "device_kind" in table:
@@ -132,6 +137,11 @@ def _hardware(table: pd.DataFrame) -> list[str]:
     return labels
 
 
+def grown(row: Mapping[str, Any]) -> bool:
+    """Whether the memory of a cell is what its process grew by, kernels and free blocks included."""
+    return GROWN in (row["flags"] or {})
+
+
 def notes(row: dict[str, Any], flags: bool = True) -> list[str]:
     """Remarks on one cell, most important first."""
     found = []
@@ -142,6 +152,8 @@ def notes(row: dict[str, Any], flags: bool = True) -> list[str]:
     if flags:
         for flag, count in sorted((row["flags"] or {}).items()):
             found.append(flag if count == rounds else f"{flag} in {count} of {rounds} rounds")
+    elif grown(row):
+        found.append(GROWN_NOTE)
     for name, noun in (("graph_breaks", "graph break"), ("recompilations", "recompilation")):
         if (count := row.get(name) or 0) > 0:
             found.append(f"{count:g} {noun}{'s' if count > 1 else ''} before measuring")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from analysis.compared import CALL, compared, present, with_compared_time, without_axes
+from analysis.compared import CALL, compared, grown, present, with_compared_time, without_axes
 from analysis.errors import AnalysisError
 from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
@@ -129,6 +129,8 @@ def _line(cells: list[_Line], by_round: dict[tuple[str, str], dict[int, float]])
     for name, source in (("kv_bytes_per_token", "kv_cache_bytes"), ("memory_bytes_per_token", "memory_bytes")):
         found = slope([(cell["tokens"], cell[source] / cell["batch"]) for cell in measured])
         line[name] = found[0] if found else math.nan
+    if any(grown(cell) for cell in measured):  # by blocks of its arenas, not by tokens
+        line["memory_bytes_per_token"] = math.nan
     half_width = _half_width(measured, by_round)
     if len(measured) > 1 and math.isnan(half_width):
         line["notes"].append("no interval: fewer than two rounds measured every length")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from analysis.compared import POINT, compared, decodes, interval, present, with_compared_time
+from analysis.compared import GROWN_NOTE, POINT, compared, decodes, grown, interval, present, with_compared_time
 from analysis.frames import numbers, records
 from analysis.host_clock import COMPARED, WAITED
 from analysis.pair import KEY
@@ -207,11 +207,16 @@ def _waits(line: _Line) -> bool:
 
 
 def _change(line: _Line, before: _Line, name: str) -> float:
+    """NaN where one has the peak of its tensors, and the other the growth of its process."""
+    if grown(line) != grown(before):
+        return math.nan
     return float(line[name] / before[name] - 1) if before[name] else math.nan
 
 
 def _notes(line: _Line) -> list[str]:
     found = [line["reason"]] if line["reason"] else []
+    if grown(line):
+        found.append(GROWN_NOTE)
     if line["outcome"] != Outcome.OK:
         failed = (line.get("outcomes") or {}).get(line["outcome"], line["rounds"])
         found.append(f"{line['outcome']} in {failed} of {line['rounds']} rounds: {line['failed'] or 'no reason given'}")

@@ -83,22 +83,23 @@ class Memory(Metric):
             self._found["kv_cache_bytes"] = cache_bytes()
 
     def _grown(self, session: Session) -> dict[str, Any]:
-        session.row.flag("memory_of_process")
         process = session.gpu.process_memory_bytes(os.getpid())
         if process is None or self._context is None:
-            return dict.fromkeys(("peak_process_bytes", "runtime_bytes"), Missing(reason=HIDDEN))
+            hidden = Missing(reason=HIDDEN)
+            return {"peak_process_bytes": hidden if process is None else process, "runtime_bytes": hidden}
+        session.row.flag("memory_of_process")
         return {"peak_process_bytes": process, "runtime_bytes": process - self._context - _waiting_bytes(session)}
 
     def collect(self, session: Session) -> dict[str, Any]:
-        if session.on_cuda and not _runtime(session) and "peak_allocated_bytes" not in self._found:
+        torchs = session.on_cuda and not _runtime(session)
+        if torchs and "peak_allocated_bytes" not in self._found and session.loaded is not None:
             # after an out-of-memory end: how far it came is worth knowing
-            figures = _cuda_figures(session) if session.loaded is not None else {}
-            self._found |= {key: value for key, value in figures.items() if key.startswith("peak_a")}
+            self._found |= {key: value for key, value in _cuda_figures(session).items() if key.startswith("peak_a")}
         unreached = Missing(reason="the measuring passes were not reached")
         missing = {name: self._device_reason(session) or unreached for name in (*_DEVICE_COLUMNS, "fragmentation")}
         missing |= {name: unreached for name in _ALL if name not in _DEVICE_COLUMNS}
         missing["kv_cache_bytes"] = Missing(reason="no KV cache in this workload")
-        if session.on_cuda and not _runtime(session):
+        if torchs:
             missing["runtime_bytes"] = Missing(reason="PyTorch computes: see peak_allocated_bytes")
         return {**missing, **self._found}
 
@@ -117,7 +118,10 @@ def _runtime(session: Session) -> str:
 
 
 def _context_bytes(session: Session) -> int | None:
-    """What the process holds on the device with PyTorch's context and nothing else; makes the context."""
+    """What the process holds on the device with PyTorch's context and nothing else.
+
+    Makes the context, before loading is timed; others make it while they load.
+    """
     import torch
 
     torch.empty(1, device=session.device)

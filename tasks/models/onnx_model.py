@@ -3,7 +3,7 @@
 Inputs and outputs are torch tensors whose addresses the session is given, on the CPU as on CUDA. Keys and values lie
 in two sets of buffers: the graph reads one and writes the longer ones into the other, so that decoding allocates
 nothing. Memory inside the session (its own copies of weights, packed for its kernels) is not torch's: the row has it in
-the peaks of the process.
+the peaks of the process, on a card in `runtime_bytes`.
 """
 
 from __future__ import annotations

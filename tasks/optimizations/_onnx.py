@@ -203,7 +203,8 @@ def _session_facts(model: OnnxModel) -> dict[str, Any]:
     placed = model.placed()
     return {
         "onnxruntime": onnxruntime.__version__,
-        "distribution": next((name for name in RUNTIMES["cpu"] if version(name)), None),
+        # both may be installed, and the later one is what is imported
+        "distribution": next((name for name in RUNTIMES["cpu"] if version(name) == onnxruntime.__version__), None),
         "providers": model.session.get_providers(),
         "file": str(getattr(model.session, "_model_path", None) or model.path),
         "graph_optimization_level": options.graph_optimization_level.name,

@@ -11,6 +11,7 @@ from tasks.optimization import Evidence, Needs, Optimization, Unsupported
 from tasks.optimizations.compile import graph_launches
 from tasks.registry import optimizations
 from tasks.stacks import option
+from tasks.workloads._decode_compared import TIE
 
 if TYPE_CHECKING:
     from tasks.cell import Cell, Technique
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 WARM_UPS = 3
 ROUNDINGS = 8  # of a number, which are tolerated however little rounding was found
-TIE = 0.1  # of what the best score is above the mean: what is further below it is no tie, whatever rounds
 KEPT = 0.25  # relative difference of keys or values: beyond it they are others, whatever rounds
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture the step themselves
 

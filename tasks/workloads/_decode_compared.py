@@ -7,6 +7,7 @@ the same tokens with half of their cache lost.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.workloads.decode import DecodeStep
 
 BLOCK = 64  # positions
+TIE = 0.1  # of what the best score is above the mean: what is further below it is no tie, whatever rounds
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Comparison:
     most from what steps that are not compiled would choose (`DecodeStep.distances`). `cache`: the greatest relative
     difference (Frobenius norm) of keys or values, over layers, sequences and blocks of positions. `rounding`: the same
     between the launched steps and all tokens read at once, which is what another order of the arithmetic does to this
-    model; None where nothing differs, or the model cannot read so much at once. `eps` is that of the cache's dtype.
+    model, and more where its kernels for many tokens round otherwise; None where nothing differs, or the model cannot
+    read so much at once. `eps` is that of the cache's dtype.
     """
 
     same: bool
@@ -45,10 +48,9 @@ def compared(step: DecodeStep) -> Comparison:
     ours = _on_the_host(step)
     if step.ledger.problems(0) or not ours:
         return Comparison(same=False, distance=math.inf, cache=math.inf)
-    lengths = torch.tensor([step.chosen_length(row) for row in range(len(tokens))], device=tokens.device)
+    lengths = step.chosen_lengths()
     launched = torch.stack([chosen.clone() for chosen in step.forced(tokens, fed + 1)], dim=1)
-    columns = torch.arange(fed + 1, device=tokens.device)
-    differ = (launched != tokens[:, : fed + 1]) & (columns < lengths[:, None])
+    differ = (launched != tokens[:, : fed + 1]) & step.chosen(fed + 1)
     cache = _apart(ours, step, lengths)
     del ours
     same = not bool(differ.any())
@@ -57,6 +59,17 @@ def compared(step: DecodeStep) -> Comparison:
     step.run(0, _ignore)
     eps = max(torch.finfo(value.dtype).eps for value in held_tensors(step.cache))
     return Comparison(same=same, distance=distance, cache=cache, rounding=rounding, eps=eps)
+
+
+def furthest(step: DecodeStep, inside: AbstractContextManager[None]) -> float:
+    """How far a token of the first request, as `step` runs it now, is at most from what single steps `inside` choose.
+
+    Those are not compiled; 0 where they choose all of these tokens (`DecodeStep.distances`).
+    """
+    step.run(0, _ignore)
+    columns, tokens = step.steps + 1, step.ledger.result()
+    with inside:
+        return float(step.distances(tokens, columns)[step.chosen(columns)].max())
 
 
 def _ignore(_label: str) -> None:

@@ -109,13 +109,13 @@ class TokenStep(ABC):
     def __init__(self, session: Session, choose: Chooser) -> None:
         self._model = session.model
         self._choose: Chooser | Judge = choose
-        self._step = session.compiled(self._plain)
+        self._step = session.compiled(self._one_step)
 
     @contextmanager
     def judged(self, judge: Judge) -> Iterator[None]:
         """Steps that are not compiled, for `judge`."""
         before = self._step, self._choose
-        self._step, self._choose = self._plain, judge
+        self._step, self._choose = self._one_step, judge
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class TokenStep(ABC):
         """One more token for each sequence; `ids` (batch, 1) are the last ones."""
 
     @abstractmethod
-    def _plain(self, ids: Any, *context: Any) -> Any:
+    def _one_step(self, ids: Any, cache: Any, noise: Any) -> Any:
         """What may be compiled: the next token ids, shape (batch,), after `ids`, shape (batch, positions)."""
 
 
@@ -160,7 +160,7 @@ class CachedStep(TokenStep):
             self.cache.reset()
 
     def first(self, prompt: Any) -> Any:
-        return self._plain(prompt, self.cache, self._choose.noise)
+        return self._one_step(prompt, self.cache, self._choose.noise)
 
     def next(self, ids: Any) -> Any:
         import torch
@@ -171,8 +171,7 @@ class CachedStep(TokenStep):
             torch.compiler.cudagraph_mark_step_begin()
         return self._step(ids, self.cache, self._choose.noise)
 
-    def _plain(self, ids: Any, *context: Any) -> Any:
-        cache, noise = context
+    def _one_step(self, ids: Any, cache: Any, noise: Any) -> Any:
         logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return self._choose(logits, noise)
 
@@ -194,14 +193,13 @@ class RecomputedStep(TokenStep):
 
     def first(self, prompt: Any) -> Any:
         self._sequence = prompt
-        return self._step(prompt, self._choose.noise)
+        return self._step(prompt, None, self._choose.noise)
 
     def next(self, ids: Any) -> Any:
         import torch
 
         self._sequence = torch.cat([self._sequence, ids], dim=1)
-        return self._step(self._sequence, self._choose.noise)
+        return self._step(self._sequence, None, self._choose.noise)
 
-    def _plain(self, ids: Any, *context: Any) -> Any:
-        (noise,) = context
+    def _one_step(self, ids: Any, cache: Any, noise: Any) -> Any:
         return self._choose(self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1], noise)

@@ -228,20 +228,28 @@ class DecodeStep(Step):
         with otherwise:
             return bool(ours.equal(self._tokens()))
 
-    def same_tokens_when_waited_for(self) -> bool:
-        """Whether one request gives the same tokens where every step finds the device idle: none reads too early."""
-        return bool(self._tokens().equal(self._tokens(lambda _label: self._session.synchronize())))
-
     def compared(self) -> Comparison:
         """A request as it runs now, and its tokens through launched steps."""
         return compared(self)
 
-    def chosen_length(self, row: int) -> int:
-        """Tokens of a sequence of the first prompts that the model chooses: without the scheduled stop."""
-        return int(self.ledger.lengths[0][row]) - (1 if self._scheduled else 0)
+    def chosen_lengths(self) -> Any:
+        """Tokens of each sequence of the first prompts that the model chooses, (batch,): without the scheduled stop."""
+        import torch
+
+        return torch.tensor(self.ledger.lengths[0], device=self._session.device) - (1 if self._scheduled else 0)
+
+    def chosen(self, columns: int) -> Any:
+        """Which of the first `columns` tokens of the first prompts the model chooses, shape (batch, columns)."""
+        import torch
+
+        return torch.arange(columns, device=self._session.device) < self.chosen_lengths()[:, None]
 
     def forced(self, tokens: Any, columns: int) -> Iterator[Any]:
-        """What the launched step chooses for each column, (batch,), if it is given `tokens` (batch, new_tokens)."""
+        """What the launched step chooses for each column, (batch,), if it is given `tokens` (batch, new_tokens).
+
+        After the first prompts, with their draws.
+        """
+        self._index = 0
         self._begin()
         self.choose.draw()
         yield self.source.first(self._prompts[0])
@@ -254,6 +262,7 @@ class DecodeStep(Step):
         """The first prompts and so many of `tokens` through the model at once, not compiled, into the cache."""
         import torch
 
+        self._index = 0
         self._begin()
         self.source.first(torch.cat([self._prompts[0], tokens[:, :columns]], dim=1))
 
@@ -270,9 +279,9 @@ class DecodeStep(Step):
                 pass
         return torch.stack(judge.distances, dim=1)
 
-    def _tokens(self, mark: Mark = lambda _label: None) -> Any:
+    def _tokens(self) -> Any:
         """Of the first request, shape (batch, new_tokens)."""
-        self.run(0, mark)
+        self.run(0, lambda _label: None)
         return self.ledger.result()
 
     def after_latency(self) -> None:

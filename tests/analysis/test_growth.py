@@ -61,6 +61,12 @@ def test_slopes_are_per_token_of_a_sequence(build: SimpleNamespace, loaded: Load
     assert pd.isna(line["off_line"]) if len(lengths) == 2 else line["off_line"] == pytest.approx(0, abs=1e-9)
 
 
+def test_memory_of_a_process_has_no_slope(build: SimpleNamespace, loaded: Loaded) -> None:
+    """It grows by blocks of the runtime's arenas."""
+    line = growth(loaded([row | {"flags": ["memory_of_process"]} for row in rows(build)])).iloc[0]
+    assert pd.isna(line["memory_bytes_per_token"]) and line["kv_bytes_per_token"] == pytest.approx(KV_BYTES)
+
+
 def test_the_interval_is_over_rounds(build: SimpleNamespace, loaded: Loaded) -> None:
     line = growth(loaded(rows(build, rounds=5, noise=0.05))).iloc[0]
     assert line["ms_per_1000_tokens_lo"] < line["ms_per_1000_tokens"] < line["ms_per_1000_tokens_hi"]

@@ -126,6 +126,15 @@ class TestReasons:
         given = changed(rows(build, SLOWER), "fp32+static-cache", **values)
         assert why(build, loaded, given) == ("memory", f"trades speed for memory: {text}")
 
+    def test_growth_of_a_process_is_no_saving(self, build: SimpleNamespace, loaded: Loaded) -> None:
+        """Another measure than the peak of tensors: neither a change, nor a reason."""
+        values = {"peak_allocated_bytes": None, "runtime_bytes": 150 * 2**20, "device_kind": "cuda"}
+        given = changed(rows(build, SLOWER), "fp32+static-cache", **values, flags=["memory_of_process"])
+        line = ladder(loaded(given)).iloc[1]
+        assert line["why"] == "unexplained" and pd.isna(line["memory_change"])
+        assert line["memory_bytes"] == 150 * 2**20
+        assert "growth of its process" in render(ladder_table(loaded(given, "again")))
+
     def test_what_it_saves_on_one_side_it_may_not_take_on_the_other(
         self, build: SimpleNamespace, loaded: Loaded
     ) -> None:

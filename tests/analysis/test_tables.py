@@ -44,6 +44,10 @@ def test_memory_of_a_runtime_that_allocates_for_itself(build: SimpleNamespace, l
     frame = comparison_table(loaded(rows)).frame.set_index("optimization")["memory_bytes"]
     assert (frame["baseline"], frame["onnx"]) == (300 * 2**20, 700 * 2**20)
     assert pd.isna(frame["onnx-int4"])
+    rows = [row | {"flags": ["memory_of_process"] if row["optimization"] == "onnx" else []} for row in rows]
+    wide = tradeoff_table(loaded(rows, "again")).frame.set_index("optimization")["notes"]
+    assert any("growth of its process" in note for note in wide["onnx"])
+    assert not any("growth of its process" in note for note in wide["baseline"])
 
 
 @pytest.mark.parametrize("outcome", ["oom", "unsupported", "invalid", "unplaced", "timeout"])

@@ -218,7 +218,7 @@ class TestGraph:
         job = bench.job(bench.cell("decode", "fp32+static-cache", **{**AXES, "new_tokens": 24}, stop=stop))
         with bench.live(job, calls=0) as session:
             step = session.step
-            length = min(step.chosen_length(row) for row in range(4))
+            length = int(step.chosen_lengths().min())
             step.run(0, ignore)
             plain = step.ledger.result()
             assert step.distances(plain, 24)[:, :length].max() < 1e-4
@@ -237,19 +237,23 @@ class TestGraph:
         """Each by one step of its own, with the shapes and the rounding of the loop, and none of them is compiled."""
         job = bench.job(bench.cell("decode", "fp32+static-cache+compile", **AXES))
         with bench.live(job, calls=0) as session:
-            step = session.step
+            step, shapes = session.step, []
+            step.run(1, ignore)  # whatever request was the last: judged are tokens of the first
             step.run(0, ignore)
-            tokens, shapes, compiled = step.ledger.result(), [], step.source._step
-            monkeypatch.setattr(step.source, "_step", lambda *inputs: pytest.fail("a compiled step"))
+            tokens = step.ledger.result()
+            step.run(1, ignore)
+
+            def compiled(*inputs: Any) -> None:
+                pytest.fail("a compiled step")
+
+            monkeypatch.setattr(step.source, "_step", compiled)
             hook = session.model.register_forward_pre_hook(
-                lambda model, _, named: shapes.append((named["input_ids"].shape, torch.compiler.is_compiling())),
-                with_kwargs=True,
+                lambda model, _, named: shapes.append(named["input_ids"].shape), with_kwargs=True
             )
             assert step.distances(tokens, 12).max() < 1e-4
             hook.remove()
-            monkeypatch.undo()
-            assert step.source._step is compiled
-        assert shapes == [((4, 8), False)] + [((4, 1), False)] * 11
+            assert (step.source._step, step.source._choose) == (compiled, step.choose)
+        assert shapes == [(4, 8)] + [(4, 1)] * 11
 
     def test_a_number_that_is_none_is_no_tie(self, bench: Any) -> None:
         job = bench.job(bench.cell("decode", "fp32+static-cache", **AXES))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tasks.registry import optimizations, workloads
 from tasks.stacks import parse_stack
 from tasks.workloads._decode_checks import NoCheck, StopCheck, SyncCheck
+from tasks.workloads._decode_compared import TIE, furthest
 from tasks.workloads._decode_ledger import Ledger, stop_lengths
 from tasks.workloads._decode_steps import Sampler
 
@@ -208,21 +210,28 @@ class TestFaultsAreFound:
             evidence = optimizations()[name].evidence(parse_stack(name).techniques[0], session)
         assert not evidence.ok, evidence.facts
 
+    @pytest.mark.parametrize("stop", ["none", "eos"])
+    @pytest.mark.parametrize("sampling", SAMPLINGS)
     @pytest.mark.parametrize("early", [False, True])
-    def test_what_is_read_before_it_is_there(self, bench: Any, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
-        """A device that gives other tokens where it is asked for a step while it is busy with the one before."""
-        with bench.live(bench.job(bench.cell("decode", "static-cache", **AXES)), calls=0) as session:
-            step, busy = session.step, []
+    def test_what_is_read_before_it_is_there(self, bench: Any, early: bool, sampling: str, stop: str) -> None:
+        """Values that the last layer reads are not there yet, unless they are waited for."""
+        axes = {**AXES, "sampling": sampling, "stop": stop}
+        with bench.live(bench.job(bench.cell("decode", "fp32+static-cache", **axes)), calls=0) as session:
+            waits = not early
 
-            def next_(ids: Any) -> Any:
-                tokens = plain(ids)
-                busy.append(1)
-                return (tokens + (early and len(busy) > 1)) % 100
+            @contextmanager
+            def waiting() -> Iterator[None]:
+                nonlocal waits
+                waits = True
+                yield
 
-            plain = step.source.next
-            monkeypatch.setattr(step.source, "next", next_)
-            monkeypatch.setattr(type(session), "synchronize", lambda session: busy.clear())
-            assert step.same_tokens_when_waited_for() == (not early)
+            def not_there(layer: Any, inputs: Any, output: Any) -> Any:
+                return output if waits else output.roll(1, -1)
+
+            session.model.model.layers[-1].self_attn.v_proj.register_forward_hook(not_there)
+            found = furthest(session.step, waiting())
+        assert (found > TIE) == early
+        assert early or found == 0
 
     def test_other_tokens_than_the_plain_loop(self, bench: Any) -> None:
         """A check that changes what is generated is no check."""

@@ -168,12 +168,14 @@ def test_memory_of_a_runtime_that_allocates_for_itself(
     check(metric, found)
     if before and after:
         assert (found["runtime_bytes"], found["peak_process_bytes"]) == (650, 1300)
+        assert row["flags"] == ["memory_of_process"]
     else:
         assert found["runtime_bytes"].reason == "pid_not_visible"
+        assert after is None or found["peak_process_bytes"] == after
+        assert row["flags"] == []
     for name in ("allocated_bytes", "peak_allocated_bytes", "peak_allocated_bytes_load", "reserved_bytes"):
         assert "onnxruntime allocates for itself" in found[name].reason
     assert found["peak_host_bytes"] > 0
-    assert row["flags"] == ["memory_of_process"]
 
 
 def test_percentiles_need_samples(bench: Any) -> None:
